@@ -1,0 +1,69 @@
+"""Write RESULTS.md from the JSON files of the benchmarks that were run last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+NAMES = ("kernels", "models", "cost_model")
+
+HEAD = """# Results
+
+Written by `make bench` (`benchmarks/write_results.py`). What is compared takes turns in one process; numbers are
+medians.
+"""
+
+
+def section(content: dict[str, Any]) -> str:
+    """One benchmark as Markdown."""
+    machine = content["machine"]
+    extensions = " ".join(machine["extensions"]) or "no vector extensions"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "tvm", "sparsecomp"))
+    lines = [
+        f"## {content['name']}",
+        "",
+        f"{machine['processor']}, {machine['cores']} cores, {extensions}, {machine['system']}; {machine['date']}.",
+        f"Versions: {versions}.",
+        "",
+        *(f"- {note}" for note in content["notes"]),
+        "",
+        "| case | value | unit | goal | verdict | details |",
+        "| --- | ---: | --- | ---: | --- | --- |",
+    ]
+    rows = content["rows"]
+    # Of a long grid only the summary is for people; the JSON has all.
+    if content["name"] == "cost_model":
+        rows = rows[-1:]
+    for row in rows:
+        goal = "" if row["goal"] is None else f"{'<=' if row['at_most'] else '>='} {row['goal']:g}"
+        details = ", ".join(f"{key} {number(value)}" for key, value in row["details"].items())
+        lines.append(
+            f"| {row['case']} | {number(row['value'])} | {row['unit']} | {goal} | {row['verdict']} | {details} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def number(value: Any) -> str:
+    """A number with three digits; other values as they are."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def main() -> None:
+    """Write the file.
+
+    Raises:
+        FileNotFoundError: no benchmark was run.
+    """
+    files = [path for name in NAMES if (path := FOLDER / "results" / f"{name}.json").is_file()]
+    if not files:
+        raise FileNotFoundError("benchmarks/results holds no results: run `make bench`")
+    sections = [section(json.loads(path.read_text(encoding="utf-8"))) for path in files]
+    (FOLDER / "RESULTS.md").write_text("\n".join([HEAD, *sections]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

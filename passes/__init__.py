@@ -1,0 +1,24 @@
+"""Graph passes, one a file, that know the IR and no front end: `run_passes(graph, default_passes())` finds sites."""
+
+from __future__ import annotations
+
+from sparsecomp.passes.base import Observer, Pass, PassResult, run_passes
+from sparsecomp.passes.detect_composite import DetectComposite
+from sparsecomp.passes.detect_linear import DetectLinear
+from sparsecomp.passes.fuse_epilogue import FuseEpilogue
+
+__all__ = [
+    "DetectComposite",
+    "DetectLinear",
+    "FuseEpilogue",
+    "Observer",
+    "Pass",
+    "PassResult",
+    "default_passes",
+    "run_passes",
+]
+
+
+def default_passes() -> list[Pass]:
+    """The passes of the backend, in order."""
+    return [DetectLinear(), DetectComposite(), FuseEpilogue()]

@@ -1,0 +1,116 @@
+"""Let a site take in what follows it: a bias, an activation, a residual, when nothing else could see the difference."""
+
+from __future__ import annotations
+
+from sparsecomp.ir import ACTIVATIONS, IRError, LinearSite, Operation, SparseGraph
+from sparsecomp.passes.base import Pass, PassResult
+
+_EPILOGUE = frozenset({"add", "identity", *ACTIVATIONS})
+
+
+class FuseEpilogue(Pass):
+    """Extend every site along its value while that has one user which the kernels can apply.
+
+    The value of a site is `activation(x @ W.T + bias) + residual`, so the order is fixed: bias, activation, residual. A
+    site computes at the place of its last operation; it therefore stops before an operation when something between
+    could have changed what it reads. Later sites go first: of two products that are added, the later one takes the
+    other as its residual.
+    """
+
+    name = "fuse_epilogue"
+
+    def preconditions(self, graph: SparseGraph) -> None:
+        """Sites are found and not yet extended."""
+        for site in graph.sites:
+            if site.declined is None and len(site.operations) != 1:
+                raise IRError(
+                    f"site {site.name} already has an epilogue; run this pass once, after the sites are found"
+                )
+
+    def run(self, graph: SparseGraph) -> PassResult:
+        """Extend the sites, in place."""
+        taken = {name for site in graph.sites if site.declined is None for name in site.operations}
+        notes, changed = [], False
+        for site in sorted(graph.sites, key=lambda site: -graph.position(site.anchor)):
+            if site.declined is None:
+                before = len(site.operations)
+                stop = self._extend(graph, site, taken)
+                changed |= len(site.operations) > before
+                notes.append(f"{site.name}: takes {', '.join(site.operations[1:]) or 'nothing'}; stops because {stop}")
+        return PassResult(changed, tuple(reversed(notes)))
+
+    def _extend(self, graph: SparseGraph, site: LinearSite, taken: set[str]) -> str:
+        value, pending = site.anchor, []
+        while True:
+            users = graph.users(value)
+            if len(users) != 1:
+                return f"{value} has {len(users)} users"
+            user = users[0]
+            stop = _why_stop(graph, site, value, user, taken)
+            if stop is None and user.kind == "identity":
+                # worth taking only if something that is computed follows
+                pending.append(user.name)
+                value = user.name
+                continue
+            stop = stop or _absorb(graph, site, value, user)
+            if stop is not None:
+                return stop
+            site.operations = (*site.operations, *pending, user.name)
+            taken.update((*pending, user.name))
+            value, pending = user.name, []
+
+
+def _why_stop(graph: SparseGraph, site: LinearSite, value: str, user: Operation, taken: set[str]) -> str | None:
+    """What forbids taking a user, whatever room the site has."""
+    if user.kind not in _EPILOGUE:
+        return f"{user.name} ({user.kind}) is not part of an epilogue"
+    if user.kind != "add" and user.inputs[0] != value:
+        return f"{user.name} reads {value} in another role"
+    if user.name in taken:
+        return f"{user.name} belongs to another site"
+    if user.inputs.count(value) != 1:
+        return f"{user.name} reads {value} twice"
+    if user.mutates not in ((), (value,)):
+        return f"{user.name} changes {', '.join(user.mutates)} in place"
+    if user.dtype != site.dtype:
+        return f"{user.name} gives {user.dtype}, the product {site.dtype}"
+    if user.sizes != graph.operation(site.anchor).sizes:
+        return f"{user.name} has another shape"
+    if not user.contiguous:
+        return f"{user.name} is not laid out row by row"
+    return _hazard(graph, site, user)
+
+
+def _hazard(graph: SparseGraph, site: LinearSite, last: Operation) -> str | None:
+    """Whether something between the product and `last` changes what the site reads."""
+    read = {root for name in (site.x, site.bias, site.residual) if name is not None for root in graph.roots(name)}
+    outside = any(graph.operation(root).kind in ("input", "constant") for root in read)
+    for writer in graph.writers(after=site.operations[0], before=last.name):
+        if writer.name in site.operations:
+            continue
+        changed = {root for name in writer.mutates for root in graph.roots(name)}
+        # two values from outside may share memory without the graph showing it
+        if changed & read or (outside and any(graph.operation(root).kind in ("input", "constant") for root in changed)):
+            return f"{writer.name} may change an operand before {last.name}"
+    return None
+
+
+def _absorb(graph: SparseGraph, site: LinearSite, value: str, user: Operation) -> str | None:
+    """Take a user into the site if the form of a site has room for it; otherwise say why not."""
+    if user.kind in ACTIVATIONS:
+        if site.activation != "none" or site.residual is not None:
+            return f"{user.name} ({user.kind}) comes after an activation or a residual"
+        site.activation = user.kind
+        return None
+    if "scalar" in user.attrs:
+        return f"{user.name} adds a number"
+    other = graph.operation(next(name for name in user.inputs[:2] if name != value))
+    if other.dtype != site.dtype:
+        return f"{user.name} adds {other.dtype} to {site.dtype}"
+    if other.sizes == (site.out_features,) and (site.bias, site.residual, site.activation) == (None, None, "none"):
+        site.bias = other.name
+        return None
+    if other.sizes == user.sizes and site.residual is None:
+        site.residual = other.name
+        return None
+    return f"{user.name} adds a value of another shape or a second one"

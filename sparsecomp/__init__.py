@@ -1,0 +1,47 @@
+"""Sparse neural networks, faster on the hardware that people have: pruning, a `torch.compile` backend and its reports.
+
+Nothing below is imported before it is used: `TORCH_LOGS="+sparsecomp"` makes torch import this package while torch
+itself is still being imported, and a command line that only prints its help should not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsecomp.dryrun import explain as explain
+    from sparsecomp.options import Options as Options
+    from sparsecomp.patterns import Pattern as Pattern
+    from sparsecomp.planner import Plan as Plan
+    from sparsecomp.pruning import sparsify_ as sparsify_
+    from sparsecomp.report import Report as Report
+
+__all__ = ["Options", "Pattern", "Plan", "Report", "__version__", "explain", "sparsify_"]
+
+_HOMES = {
+    "Options": "sparsecomp.options",
+    "Pattern": "sparsecomp.patterns",
+    "Plan": "sparsecomp.planner",
+    "Report": "sparsecomp.report",
+    # Not in a module of its own name: importing that would put the module where the function belongs.
+    "explain": "sparsecomp.dryrun",
+    "sparsify_": "sparsecomp.pruning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("sparsecomp")
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'sparsecomp' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

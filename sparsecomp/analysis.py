@@ -1,0 +1,278 @@
+"""From Dynamo's graph to a choice for every site: what `torch.compile` and `explain` have in common."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sparsecomp.frontends.fx import build
+from sparsecomp.ir import LinearSite, SparseGraph
+from sparsecomp.log import GRAPHS, DebugFolder, log
+from sparsecomp.options import Options
+from sparsecomp.passes import Pass, PassResult, default_passes, run_passes
+from sparsecomp.planner import SiteChoice, choose, decline, measure
+from sparsecomp.targets.base import DENSE, Candidate, Problem, Target, WeightFacts
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
+"""Element types of x, weight and output that the sparse op takes."""
+
+HOPELESS = 3.0
+"""Autotuning measures no candidate that is predicted to take this many times as long as dense."""
+
+
+class FactsCache:
+    """Facts by weight, counted once while it does not change; holds no weight alive and may be shared by threads."""
+
+    def __init__(self) -> None:
+        self._entries = WeakIdKeyDictionary()
+        self._lock = threading.Lock()
+
+    def of(self, weight: Tensor, transposed: bool) -> WeightFacts:
+        """Facts of a weight, stored `[I, O]` if transposed, as `[O, I]`."""
+        stamp = (weight._version, weight.data_ptr(), tuple(weight.shape), transposed)
+        with self._lock:
+            entry = self._entries.get(weight)
+        if entry is not None and entry[0] == stamp:
+            return entry[1]
+        matrix = weight.detach()
+        facts = WeightFacts.of(matrix.t() if transposed else matrix)
+        with self._lock:
+            self._entries[weight] = (stamp, facts)
+        return facts
+
+
+_facts = FactsCache()
+
+
+class SiteChooser:
+    """Chooses a candidate for a site, also for a number of tokens or a weight that was not there at compile time.
+
+    Args:
+        site: gives name, activation, residual and type; it is not kept.
+        target: offers and prices the candidates.
+        options: as given to the backend.
+        measured: microseconds by candidate at the site's number of tokens, if it was autotuned.
+    """
+
+    def __init__(
+        self, site: LinearSite, target: Target, options: Options, measured: dict[Candidate, float] | None = None
+    ) -> None:
+        self._name, self._dynamic, self._tokens = site.name, site.dynamic, site.tokens
+        self._activation, self._residual, self._dtype = site.activation, site.residual is not None, site.dtype
+        self._target, self._options, self._measured = target, options, measured
+
+    def problem(self, facts: WeightFacts, tokens: int) -> Problem:
+        """What the site computes for a weight and a number of tokens."""
+        return Problem(facts, tokens, torch.get_num_threads(), self._activation, self._residual, self._dtype)
+
+    def choice(self, facts: WeightFacts, tokens: int) -> SiteChoice:
+        """The choice with its reason."""
+        return choose(
+            facts,
+            self.problem(facts, tokens),
+            self._target,
+            self._options,
+            name=self._name,
+            dynamic=self._dynamic,
+            measured=self._measured if tokens == self._tokens else None,
+        )
+
+    def __call__(self, facts: WeightFacts, tokens: int) -> Candidate:
+        """The candidate alone, as the run time asks for it."""
+        return self.choice(facts, tokens).chosen
+
+
+@dataclass
+class PlannedSite:
+    """A site and what it becomes.
+
+    Attributes:
+        site: as the passes left it.
+        choice: the decision for the shapes that were seen.
+        chooser: makes the decision for other shapes; None where the site cannot be rewritten.
+    """
+
+    site: LinearSite
+    choice: SiteChoice
+    chooser: SiteChooser | None = None
+
+
+@dataclass
+class Analysis:
+    """What is known of one graph before it is rewritten.
+
+    Attributes:
+        graph: the overlay, with its sites.
+        sites: the decisions, in graph order.
+        reasons: why the whole graph stays dense, if it does.
+    """
+
+    graph: SparseGraph
+    sites: list[PlannedSite] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def choices(self) -> list[SiteChoice]:
+        """The decisions alone."""
+        return [planned.choice for planned in self.sites]
+
+
+def analyse(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, target: Target, debug: DebugFolder
+) -> Analysis:
+    """Find the sites of a graph and choose what each becomes; the graph is not changed.
+
+    Args:
+        gm: as Dynamo hands it to a backend.
+        example_inputs: one for each placeholder, real for parameters and buffers.
+        options: of the backend.
+        target: to choose for.
+        debug: receives the graphs.
+
+    Raises:
+        IRError: a pass broke the graph.
+    """
+    graph = build(gm, example_inputs)
+    run_passes(graph, default_passes(), observer=_observer(debug))
+    analysis = Analysis(graph)
+    autocast = autocast_reason(gm)
+    if autocast is not None:
+        analysis.reasons.append(autocast)
+    tuner = _Tuner(target, options) if options.autotune else None
+    # Under Dynamo fake tensors may be active; the weights are real and are looked at for real.
+    with _disable_current_modes(), torch.no_grad():
+        for site in graph.sites:
+            analysis.sites.append(_plan_site(site, options, target, autocast, tuner))
+    return analysis
+
+
+def _plan_site(
+    site: LinearSite, options: Options, target: Target, autocast: str | None, tuner: _Tuner | None
+) -> PlannedSite:
+    reason = site.declined or autocast or weight_reason(site) or _excluded(site, options)
+    try:
+        facts = _facts.of(site.weight, site.transposed) if _countable(site.weight) else None
+        if reason is not None or facts is None:
+            return PlannedSite(site, decline(site, reason or "its weight cannot be read", facts))
+        measured = tuner.measure(site, facts) if tuner is not None else None
+        chooser = SiteChooser(site, target, options, measured)
+        return PlannedSite(site, chooser.choice(facts, site.tokens), chooser)
+    except Exception as error:  # noqa: BLE001 -- logged with its traceback
+        # One odd weight must not keep the other sites, or the user's model, from running.
+        log.warning("site %s stays dense: its analysis failed", site.name, exc_info=True)
+        return PlannedSite(site, decline(site, f"its analysis failed with {type(error).__name__}: {error}"))
+
+
+def _excluded(site: LinearSite, options: Options) -> str | None:
+    rule = options.excluding(site.name)
+    return None if rule is None else f"excluded by {rule!r}"
+
+
+def weight_reason(site: LinearSite) -> str | None:
+    """Why the weight of a site cannot be packed or watched, None if it can."""
+    weight = site.weight
+    if type(weight) not in (Tensor, torch.nn.Parameter):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if weight.device.type != "cpu":
+        return f"its weight is on {weight.device}; the kernels run on the CPU"
+    if weight.layout != torch.strided:
+        return f"its weight has layout {weight.layout}, not a strided one"
+    if site.dtype not in SUPPORTED_DTYPES or weight.dtype != site.dtype:
+        types = " and ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+        return f"it computes in {_dtype(site.dtype)} with a weight of {_dtype(weight.dtype)}; {types} are supported"
+    if weight.is_inference():
+        return "its weight was made under torch.inference_mode, so that changes to it cannot be seen"
+    return None
+
+
+def _countable(weight: Tensor) -> bool:
+    """Whether facts can be counted, also for a site that stays dense: the report shows the density of those too."""
+    return (
+        type(weight) in (Tensor, torch.nn.Parameter)
+        and weight.device.type == "cpu"
+        and weight.layout == torch.strided
+        and weight.ndim == 2
+        and weight.numel() > 0
+        and not weight.is_inference()
+        and not weight.is_complex()
+    )
+
+
+def autocast_reason(gm: fx.GraphModule) -> str | None:
+    """Why autocast keeps a graph dense, None if it is not active in it.
+
+    Autocast picks the type of every product when it runs. The sparse op has no such rule, and a type chosen at compile
+    time would be wrong as soon as a call comes with autocast off.
+    """
+    inside = any(
+        "autocast" in getattr(node.target, "__name__", "") for node in gm.graph.nodes if node.op == "call_function"
+    )
+    if inside or torch.is_autocast_enabled("cpu"):
+        return "autocast is active, which chooses types when it runs; cast the model instead (model.bfloat16())"
+    return None
+
+
+def gradient_reason(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | None:
+    """Why a graph has to be differentiable, None if it has not: the sparse op has no gradient."""
+    if torch.is_grad_enabled():
+        needing = sum(isinstance(value, Tensor) and value.requires_grad for value in example_inputs)
+        if needing:
+            return (
+                f"gradients are enabled and {needing} of {len(example_inputs)} inputs of the graph require them, so "
+                f"that it runs as under Inductor; under torch.no_grad() or torch.inference_mode() it can run sparse"
+            )
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if node.op not in ("placeholder", "get_attr") and isinstance(value, Tensor) and value.requires_grad:
+            return f"the graph enables gradients itself, first at {node.name}, so that it runs as under Inductor"
+    return None
+
+
+class _Tuner:
+    """Measures candidates on the real shapes, once for sites that are alike."""
+
+    def __init__(self, target: Target, options: Options) -> None:
+        self._target, self._options = target, options
+        self._known: dict[tuple[Any, ...], dict[Candidate, float]] = {}
+
+    def measure(self, site: LinearSite, facts: WeightFacts) -> dict[Candidate, float] | None:
+        """Microseconds by candidate, None if there is nothing to choose from."""
+        if facts.nonzeros == facts.out_features * facts.in_features:
+            return None
+        problem = SiteChooser(site, self._target, self._options).problem(facts, site.tokens)
+        offered = self._target.candidates(facts, self._options.patterns)
+        costs = {candidate: self._target.predict(candidate, problem) for candidate in offered}
+        hopeful = [c for c, us in costs.items() if not c.is_dense and us < HOPELESS * costs[DENSE]]
+        if not hopeful:
+            return None
+        key = (facts.out_features, facts.in_features, round(facts.density, 2), site.tokens, site.dtype, tuple(hopeful))
+        if key not in self._known:
+            weight = site.weight.detach()
+            matrix = weight.t().contiguous() if site.transposed else weight
+            self._known[key] = measure(hopeful, matrix, problem, self._target)
+            times = ", ".join(f"{candidate} {us:.0f} us" for candidate, us in self._known[key].items())
+            log.info("measured %s at %d tokens: %s", site.name, site.tokens, times)
+        return self._known[key]
+
+
+def _observer(debug: DebugFolder) -> Callable[[Pass, SparseGraph, PassResult | None], None] | None:
+    if not debug.wants(GRAPHS):
+        return None
+
+    def observe(step: Pass, graph: SparseGraph, result: PassResult | None) -> None:
+        moment = "before" if result is None else "after"
+        notes = "" if result is None else "".join(f"# {note}\n" for note in result.notes)
+        debug.write(GRAPHS, f"{moment}_{step.name}.txt", f"{graph}\n{notes}", numbered=True)
+
+    return observe
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,330 @@
+"""The `torch.compile` backend `sparse`: choose, rewrite the sites that win, and leave all else to Inductor.
+
+Whatever cannot be rewritten runs as under Inductor and says why. A mistake of this package must not break a model that
+Inductor compiles: it is logged with its traceback, and Inductor gets the graph as Dynamo made it. Only bad options are
+the user's to hear.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame, TensorifyScalarRestartAnalysis
+from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
+
+from sparsecomp.analysis import Analysis, PlannedSite, analyse, gradient_reason
+from sparsecomp.frontends.fx import Replacement, apply
+from sparsecomp.ir import LinearSite
+from sparsecomp.log import CODE, GRAPHS, PLAN, DebugFolder, log
+from sparsecomp.options import Options
+from sparsecomp.planner import Plan, SiteChoice
+from sparsecomp.runtime import RuntimeSite
+from sparsecomp.targets.base import DENSE, Target
+
+Compiled = Callable[..., Any]
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""`verify`: the largest difference from dense, relative to the largest value of the dense output."""
+VERIFY_TOKENS = 4096
+"""`verify` uses at most this many tokens."""
+
+HISTORY = 256
+
+
+class OptionError(ShortenTraceback, ValueError):
+    """Bad options, as Dynamo lets them through to the user.
+
+    Dynamo wraps what a backend raises into BackendCompilerFailed, which is no ValueError, unless it is a
+    `ShortenTraceback`.
+    """
+
+
+@dataclass
+class Compilation:
+    """What the backend did with one graph; it holds no tensor.
+
+    Attributes:
+        plan: the choices for its sites.
+        rewritten: names of the sites that run sparse kernels.
+        reasons: what concerns the graph as a whole: why it runs dense, and what failed.
+        packed_bytes: bytes of the packed weights of the rewritten sites.
+        dense_bytes: bytes of the same weights in the model.
+        seconds: that the package's own work took, Inductor left out.
+    """
+
+    plan: Plan
+    rewritten: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    packed_bytes: int = 0
+    dense_bytes: int = 0
+    seconds: float = 0.0
+
+
+_history: deque[Compilation] = deque(maxlen=HISTORY)
+_history_lock = threading.Lock()
+
+
+def compilations() -> list[Compilation]:
+    """What the backend did in this process, oldest first; the last `HISTORY` graphs."""
+    with _history_lock:
+        return list(_history)
+
+
+def sparse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """Compile a graph for Dynamo; used as `torch.compile(model, backend="sparse", options={...})`.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: one for each of its placeholders.
+        options: as `sparsecomp.Options` has them.
+        mode: `"max-autotune"` means `options={"autotune": True}`.
+
+    Returns:
+        A callable that takes the graph's inputs.
+
+    Raises:
+        ValueError: an option is unknown or has a bad value.
+    """
+    try:
+        parsed = Options.parse(options, mode)
+        target = parsed.resolve_target()
+    except ValueError as error:
+        raise OptionError(str(error), first_useful_frame=inspect.currentframe()) from None
+    return compile_graph(gm, example_inputs, parsed, target)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, target: Target) -> Compiled:
+    """Compile a graph with options that are known to be right; see `sparse`."""
+    start = time.perf_counter()
+    debug = DebugFolder()
+    compilation = Compilation(Plan(target.name, threads=torch.get_num_threads()))
+    rewrite = _Rewrite(gm, compilation, debug)
+    compiled = None
+    try:
+        if (reason := gradient_reason(gm, example_inputs)) is not None:
+            compilation.reasons.append(reason)
+        else:
+            rewrite.run(analyse(gm, example_inputs, options, target, debug), options, target)
+    except Exception as error:  # noqa: BLE001 -- logged with its traceback
+        log.warning("the graph runs dense: its analysis failed", exc_info=True)
+        rewrite.undo(f"the analysis failed with {type(error).__name__}: {error}")
+    compilation.seconds = time.perf_counter() - start
+
+    if rewrite.sites:
+        try:
+            compiled = _inductor(gm, example_inputs)
+        except (RestartAnalysis, TensorifyScalarRestartAnalysis, SkipFrame):
+            raise  # these tell Dynamo what to do next
+        except Exception as error:  # noqa: BLE001 -- logged with its traceback
+            log.warning("the graph runs dense: Inductor did not compile the rewritten graph", exc_info=True)
+            rewrite.undo(f"Inductor did not compile the rewritten graph: {type(error).__name__}: {error}")
+    if compiled is None:
+        compiled = _inductor(gm, example_inputs)
+    _record(compilation, debug)
+    return _with_fresh_weights(compiled, rewrite.sites)
+
+
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(gm, list(example_inputs))
+    return compiled
+
+
+def _with_fresh_weights(compiled: Compiled, sites: list[tuple[LinearSite, RuntimeSite]]) -> Compiled:
+    """Let every site look at its weight before each call: it may have changed, or be another module's."""
+    if not sites:
+        return compiled
+    inputs = tuple((site.weight_index, runtime.refresh) for site, runtime in sites if site.weight_index >= 0)
+    held = tuple((site.weight, runtime.refresh) for site, runtime in sites if site.weight_index < 0)
+
+    def call(*args: Any) -> Any:
+        for index, refresh in inputs:
+            refresh(args[index])
+        for weight, refresh in held:
+            refresh(weight)
+        return compiled(*args)
+
+    # The op finds its sites in a weak table: they live as long as the code that calls them.
+    call.sites = tuple(runtime for _, runtime in sites)  # type: ignore[attr-defined]
+    return call
+
+
+class _Rewrite:
+    """Rewrites a graph, and puts it back as it was.
+
+    Attributes:
+        sites: what was rewritten.
+    """
+
+    def __init__(self, gm: fx.GraphModule, compilation: Compilation, debug: DebugFolder) -> None:
+        self.sites: list[tuple[LinearSite, RuntimeSite]] = []
+        self._gm, self._compilation, self._debug = gm, compilation, debug
+        self._original: fx.Graph | None = None
+
+    def run(self, analysis: Analysis, options: Options, target: Target) -> None:
+        """Pack the weights of the sites that won and put the sparse op in their places."""
+        compilation = self._compilation
+        compilation.reasons += analysis.reasons
+        compilation.plan.add(analysis.choices)
+        sites = []
+        for planned in analysis.sites:
+            if planned.chooser is not None and not planned.choice.chosen.is_dense:
+                runtime, reason = _runtime_site(planned, options, target)
+                if runtime is not None:
+                    sites.append((planned.site, runtime))
+                else:
+                    compilation.plan.add(
+                        [replace(planned.choice, chosen=DENSE, reason=f"dense: {reason}", declined=True)]
+                    )
+        if not sites:
+            return
+        self._original = _copy(self._gm.graph)
+        if self._debug.wants(GRAPHS):
+            self._debug.write(GRAPHS, "fx_before.py", self._gm.print_readable(print_output=False))
+        apply(self._gm, [Replacement(site, runtime.handle) for site, runtime in sites])
+        self.sites = sites
+        if self._debug.wants(GRAPHS):
+            self._debug.write(GRAPHS, "fx_after.py", self._gm.print_readable(print_output=False))
+        for site, runtime in sites:
+            compilation.rewritten.append(site.name)
+            compilation.packed_bytes += runtime.nbytes
+            compilation.dense_bytes += site.weight.numel() * site.weight.element_size()
+            if self._debug.wants(CODE):
+                self._debug.write(CODE, f"code_{site.name}.txt", runtime.source)
+
+    def undo(self, reason: str) -> None:
+        """Put the graph back and make every choice dense."""
+        compilation = self._compilation
+        compilation.reasons.append(reason)
+        compilation.plan.add(
+            replace(choice, chosen=DENSE, reason=f"dense: {reason}", declined=True)
+            for choice in compilation.plan
+            if not choice.chosen.is_dense
+        )
+        compilation.rewritten, compilation.packed_bytes, compilation.dense_bytes = [], 0, 0
+        self.sites = []
+        if self._original is not None:
+            self._gm.graph = self._original
+            self._gm.recompile()
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """A copy of Dynamo's graph that Dynamo and AOTAutograd take for the original."""
+    copy = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    output = copy.graph_copy(graph, nodes)
+    if output is not None:
+        copy.output(output)
+    for old, new in nodes.items():
+        # AOTAutograd reads this attribute, which is no part of the metadata that a copy keeps.
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copy
+
+
+def _runtime_site(planned: PlannedSite, options: Options, target: Target) -> tuple[RuntimeSite | None, str]:
+    """Pack the weight of a site; None and the reason if that fails or if `verify` finds a difference."""
+    site, choice = planned.site, planned.choice
+    if planned.chooser is None:
+        return None, choice.reason
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            runtime = RuntimeSite(site.name, site.weight, site.transposed, target, planned.chooser, site.activation)
+            # Packs and builds now, where a failure can still be answered with dense.
+            runtime.prepare(site.tokens)
+            difference = _difference(site, runtime) if options.verify else 0.0
+    except Exception as error:  # noqa: BLE001 -- logged with its traceback
+        log.warning("site %s stays dense: preparing %s failed", site.name, choice.chosen, exc_info=True)
+        return None, f"preparing {choice.chosen} failed with {type(error).__name__}: {error}"
+    limit = TOLERANCE[site.dtype]
+    # Written so that a NaN counts as a difference.
+    if not difference <= limit:
+        reason = (
+            f"verify: {choice.chosen} differs from dense by {difference:.2g} of its largest value, more than {limit:g}"
+        )
+        log.error("site %s stays dense: %s; please report this", site.name, reason)
+        return None, reason
+    return runtime, choice.reason
+
+
+def _difference(site: LinearSite, runtime: RuntimeSite) -> float:
+    """The largest difference of a site from dense on random input, relative to the largest value of dense."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(site.dtype)
+
+    tokens = max(1, min(site.tokens, VERIFY_TOKENS))
+    x = random(tokens, site.in_features)
+    bias = random(site.out_features) if site.bias is not None else None
+    residual = random(tokens, site.out_features) if site.residual is not None else None
+    weight = site.weight.detach()
+    expected = functional.linear(x, weight.t() if site.transposed else weight, bias)
+    expected = ACTIVATIONS[site.activation](expected)
+    if residual is not None:
+        expected = expected + residual
+    runtime.refresh(site.weight)
+    given = torch.ops.sparsecomp.linear(x, bias, residual, runtime.handle, site.out_features, site.activation)
+    if given.shape != expected.shape or given.dtype != expected.dtype:
+        return float("inf")
+    expected, given = expected.double(), given.double()
+    finite = expected.isfinite()
+    if not torch.equal(finite, given.isfinite()):
+        return float("inf")
+    expected, given = expected[finite], given[finite]
+    if expected.numel() == 0:
+        return 0.0
+    scale = expected.abs().max().item()
+    difference = (given - expected).abs().max().item()
+    return difference / scale if scale else difference
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda value: value,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda value: functional.gelu(value, approximate="tanh"),
+    "silu": functional.silu,
+}
+
+
+def _record(compilation: Compilation, debug: DebugFolder) -> None:
+    with _history_lock:
+        _history.append(compilation)
+    choices: list[SiteChoice] = compilation.plan.sites
+    log.info(
+        "%d of %d sites run sparse kernels on %s; packed weights %d bytes, dense %d; planned in %.2f s",
+        len(compilation.rewritten),
+        len(choices),
+        compilation.plan.target,
+        compilation.packed_bytes,
+        compilation.dense_bytes,
+        compilation.seconds,
+    )
+    for reason in compilation.reasons:
+        log.info("graph: %s", reason)
+    for choice in choices:
+        log.info("%s: %s", choice.name, choice.reason)
+        for item in choice.predictions:
+            log.debug("%s: %s predicted %.4g us, measured %s", choice.name, item.candidate, item.us, item.measured_us)
+    if debug.wants(PLAN):
+        debug.write(PLAN, "plan.json", compilation.plan.to_json())
+        lines = [f"graph: {reason}" for reason in compilation.reasons]
+        lines += [f"{choice.name}: {choice.reason}" for choice in choices]
+        debug.write(PLAN, "plan.txt", "\n".join(lines) + "\n")

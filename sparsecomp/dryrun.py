@@ -1,0 +1,178 @@
+"""`explain`: what `torch.compile(model, backend="sparse")` would do with a model, without compiling it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend
+
+from sparsecomp.analysis import analyse
+from sparsecomp.log import DebugFolder, log
+from sparsecomp.options import Options
+from sparsecomp.planner import Plan
+from sparsecomp.report import Report
+from sparsecomp.targets.base import Target
+
+
+def explain(
+    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
+) -> Report:
+    """Report what every linear layer of a model could become, at what cost, what would be chosen, and why.
+
+    The model runs once as it is, in eager mode without gradients, under Dynamo, which gives the graphs that the backend
+    would get; no kernel is built or run unless the options ask for `autotune`. In training mode that run does what any
+    run does (it updates the statistics of batch normalisation); the state of the random generator is kept.
+
+    Args:
+        model: a module or function, or what `torch.compile` made of it: its options are then used.
+        *inputs: what the model is called with; their shapes are what the costs are for.
+        options: of the backend, as in `torch.compile`; before those of a compiled model.
+        **kwargs: what the model is called with by name.
+
+    Returns:
+        The report; print it, or see `Report.to_dict`, `to_html` and `plan`.
+
+    Raises:
+        ValueError: an option is unknown or has a bad value.
+        TypeError: the model cannot be called.
+        RuntimeError: the model cannot run on these inputs; Dynamo's message says where.
+    """
+    if not callable(model):
+        raise TypeError(f"expected a module or a function to explain, given {type(model).__name__} {model!r:.60}")
+    original, found = _unwrap(model)
+    parsed = found if options is None else Options.parse(options)
+    target = parsed.resolve_target()
+    session = _Session(parsed, target)
+    session.report.notes += _gradient_note(original, inputs, kwargs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # A region of its own and static shapes: neither the user's compiled code nor its limits on recompiling are
+        # touched.
+        compile_model: Any = torch.compile  # whose overloads do not know all of its arguments
+        compiled = compile_model(_caller(original), backend=session.backend, dynamic=False, isolate_recompiles=True)
+        compiled(*inputs, **kwargs)
+    session.finish()
+    return session.report
+
+
+class _Session:
+    """Collects the choices for the graphs that Dynamo finds in one run of a model."""
+
+    def __init__(self, options: Options, target: Target) -> None:
+        self._options, self._target = options, target
+        plan = Plan(target.name, threads=torch.get_num_threads())
+        self.report = Report(plan, target=target.description or target.name, graphs=0)
+
+    def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A backend that leaves the graph to eager mode and plans when it runs.
+
+        Not when it is compiled: Dynamo runs the graph of one module also for others of its class, with their weights.
+        """
+        self.report.graphs += 1
+        planned: set[tuple[int, ...]] = set()
+
+        def run(*args: Any) -> Any:
+            parameters = {place: value for place, value in enumerate(args) if isinstance(value, nn.Parameter)}
+            key = tuple(map(id, parameters.values()))
+            if key not in planned:
+                planned.add(key)
+                self._plan(gm, [parameters.get(place, example) for place, example in enumerate(example_inputs)])
+            return gm.forward(*args)
+
+        return run
+
+    def _plan(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        try:
+            analysis = analyse(gm, inputs, self._options, self._target, DebugFolder())
+            self.report.plan.sites += analysis.choices
+            self._note(analysis.reasons)
+        except Exception as error:  # noqa: BLE001 -- logged with its traceback
+            log.warning("a graph would run dense: its analysis failed", exc_info=True)
+            self._note([f"a graph would run dense: its analysis failed with {type(error).__name__}: {error}"])
+
+    def finish(self) -> None:
+        """Add what only the whole run tells."""
+        names = [choice.name for choice in self.report]
+        if len(set(names)) < len(names):
+            self._note(["Dynamo compiles parts of the model on their own; names of layers are relative to such a part"])
+        if not self.report.graphs:
+            self._note(
+                ["Dynamo found no graph in this call; is it disabled (TORCHDYNAMO_DISABLE, torch.compiler.disable)?"]
+            )
+
+    def _note(self, notes: Sequence[str]) -> None:
+        self.report.notes += [note for note in notes if note not in self.report.notes]
+
+
+def _caller(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls the model and whose code no other function shares.
+
+    Dynamo keeps what it compiles with the code, so that it goes when the function goes.
+    """
+    if isinstance(model, types.FunctionType) and not hasattr(model, "_torchdynamo_disable"):
+        function = model  # no wrapper around it, which would show in the names of the layers
+    else:
+        function = _wrapper(model)
+    code = function.__code__.replace(co_name=f"explained_{function.__name__}")
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+def _wrapper(model: Callable[..., Any]) -> types.FunctionType:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    return cast("types.FunctionType", function)
+
+
+def _unwrap(model: Callable[..., Any]) -> tuple[Callable[..., Any], Options]:
+    """The model below `torch.compile`, and the options that it was compiled with for this backend."""
+    if isinstance(model, OptimizedModule) and isinstance(model.dynamo_ctx, OptimizeContext):
+        original: Callable[..., Any] = model._orig_mod
+        return original, _options_of(model.dynamo_ctx)
+    context = _context(getattr(model, "_compiled_call_impl", None) if isinstance(model, nn.Module) else model)
+    if context is None:
+        return model, Options()
+    return getattr(model, "_torchdynamo_orig_callable", model), _options_of(context)
+
+
+def _context(function: Any) -> OptimizeContext | None:
+    """The Dynamo context of a compiled function, which only its closure holds; None if it is not compiled."""
+    if not hasattr(function, "_torchdynamo_orig_callable") or not isinstance(function, types.FunctionType):
+        return None
+    for cell in function.__closure__ or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+        if isinstance(value, OptimizeContext):
+            return value
+    return None
+
+
+def _options_of(context: OptimizeContext) -> Options:
+    from sparsecomp.backend import sparse
+
+    callback: Any = context.callback
+    backend: Any = innermost_backend(callback) if callable(callback) else None
+    if getattr(backend, "compiler_fn", None) is not sparse:
+        return Options()
+    arguments = backend.kwargs
+    return Options.parse(arguments.get("options"), arguments.get("mode"))
+
+
+def _gradient_note(model: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    if not torch.is_grad_enabled():
+        return []
+    parameters: Iterator[Tensor] = model.parameters() if isinstance(model, nn.Module) else iter(())
+    arguments = (value for value in (*inputs, *kwargs.values()) if isinstance(value, Tensor))
+    if not any(value.requires_grad for value in (*parameters, *arguments)):
+        return []
+    return [
+        "gradients are enabled here and the model requires them: such a call runs dense, under Inductor; "
+        "the sparse kernels run under torch.no_grad() or torch.inference_mode()"
+    ]

@@ -1,0 +1,112 @@
+"""What follows the sums of a linear while they are still in registers: bias, activation, residual.
+
+Arithmetic is float32 multiply-adds only, so that every target vectorises it: no call to a math library.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsecomp.kernels import tir
+from sparsecomp.kernels.tir import Expr
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+# Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: |error| <= 1.5e-7.
+_ERF_P = 0.3275911
+_ERF_A = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """``activation(sum + bias) [+ residual]``."""
+
+    activation: str = "none"
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+
+    def apply(self, args: tir.Arguments, total: Expr, bias: Expr, at: Expr, lanes: int) -> Expr:
+        """The value to store at ``y[at : at + lanes]`` for the sums ``total``."""
+        value = activate(self.activation, tir.bind(total + bias), lanes)
+        return value + tir.load(args["residual"], at, lanes) if self.residual else value
+
+    def reference(
+        self, total: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], residual: npt.NDArray[np.float32] | None
+    ) -> npt.NDArray[np.float32]:
+        """The same in NumPy, in float64 inside."""
+        value = activate_reference(self.activation, total.astype(np.float64) + bias)
+        if self.residual:
+            if residual is None:
+                raise ValueError("this epilogue adds a residual, and none was given")
+            value = value + residual
+        return value.astype(np.float32)
+
+
+def activate(activation: str, v: Expr, lanes: int) -> Expr:
+    """``activation`` of a vector of ``lanes`` float32."""
+
+    def c(value: float) -> Expr:
+        return tir.const(value, lanes=lanes)
+
+    if activation == "none":
+        return v
+    if activation == "relu":
+        # Written so that NaN stays NaN, as torch.relu keeps it.
+        return tir.select(v < c(0.0), c(0.0), v)
+    if activation == "silu":
+        return v / (c(1.0) + _exp(c(0.0) - v, lanes))
+    if activation == "gelu_tanh":
+        inner = tir.bind(c(math.sqrt(2 / math.pi)) * v * (c(1.0) + c(0.044715) * v * v))
+        # 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
+        return v / (c(1.0) + _exp(c(-2.0) * inner, lanes))
+    if activation == "gelu":
+        z = tir.bind(v * c(math.sqrt(0.5)))
+        magnitude = tir.bind(tir.maximum(z, c(0.0) - z))
+        t = tir.bind(c(1.0) / (c(1.0) + c(_ERF_P) * magnitude))
+        series = c(_ERF_A[4])
+        for coefficient in reversed(_ERF_A[:4]):
+            series = series * t + c(coefficient)
+        # erfc of the magnitude; for positive z the complement is taken, so that large |z| loses nothing.
+        tail = tir.bind(series * t * _exp(c(0.0) - magnitude * magnitude, lanes) * c(0.5))
+        return v * tir.select(z < c(0.0), tail, c(1.0) - tail)
+    raise ValueError(f"unknown activation {activation!r}")
+
+
+def _exp(v: Expr, lanes: int) -> Expr:
+    """exp as 2^n times the Taylor polynomial of 2^f on |f| <= 1/2 (degree 6: relative error below 2e-7)."""
+    scaled = tir.bind(v * tir.const(math.log2(math.e), lanes=lanes))
+    # Bounds of the exponent of a normal float32; NaN passes through the polynomial.
+    scaled = tir.bind(tir.minimum(tir.maximum(scaled, tir.const(-126.0, lanes=lanes)), tir.const(126.0, lanes=lanes)))
+    suffix = f"x{lanes}" if lanes > 1 else ""
+    # Truncation of a positive number is its floor: no rounding instruction is needed.
+    n = tir.bind(tir.cast(f"int32{suffix}", scaled + tir.const(126.5, lanes=lanes)) - tir.const(126, "int32", lanes))
+    f = tir.bind(scaled - tir.cast(f"float32{suffix}", n))
+    series = tir.const(math.log(2) ** 6 / math.factorial(6), lanes=lanes)
+    for k in range(5, -1, -1):
+        series = series * f + tir.const(math.log(2) ** k / math.factorial(k), lanes=lanes)
+    power = tir.reinterpret(
+        f"float32{suffix}", (n + tir.const(127, "int32", lanes)) << tir.const(23, "int32", lanes)
+    )
+    return series * power
+
+
+def activate_reference(activation: str, v: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The activation in float64, from its definition."""
+    if activation == "none":
+        return v
+    if activation == "relu":
+        return np.maximum(v, 0.0)
+    if activation == "silu":
+        return v / (1.0 + np.exp(-v))
+    if activation == "gelu_tanh":
+        return 0.5 * v * (1.0 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+    if activation == "gelu":
+        return 0.5 * v * (1.0 + np.vectorize(math.erf)(v / math.sqrt(2)))
+    raise ValueError(f"unknown activation {activation!r}")

@@ -1,0 +1,280 @@
+"""The one module that imports TVM: a few words to write kernels with, and the way from TIR to an object file.
+
+Kernels are written with TVM's IR builder rather than with TVMScript, because they are families: the number of vectors,
+rows and tokens in registers, and the lanes of a vector, are Python numbers when a kernel is built.
+
+TVM's usual calling convention passes packed arguments and needs its run time. A function that never gets a
+``global_symbol`` before ``MakePackedAPI`` keeps its plain C signature instead, so the objects built here depend on nothing.
+
+TVM is imported by the first function that needs it: a start with a warm kernel cache never does, which saves seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Every kernel has these parameters, in this order; `w0`..`w3` are the arrays of the packed weight, `dims` the sizes.
+SIGNATURE: tuple[tuple[str, str], ...] = (
+    ("x", "float32"),
+    ("bias", "float32"),
+    ("residual", "float32"),
+    ("y", "float32"),
+    ("scratch", "float32"),
+    ("w0", ""),
+    ("w1", ""),
+    ("w2", ""),
+    ("w3", ""),
+    ("dims", "int32"),
+)
+# Buffers are views of bare pointers: their length is the caller's business, TIR only wants an upper bound.
+_UNBOUNDED = 1 << 30
+
+Expr = Any  # TVM ships no type information
+
+
+@functools.cache
+def _tvm() -> Any:
+    import tvm
+
+    return tvm
+
+
+@functools.cache
+def _tirx() -> Any:
+    from tvm import tirx
+
+    return tirx
+
+
+@functools.cache
+def _script() -> Any:
+    from tvm.tirx.script.builder import ir
+
+    return ir
+
+
+@functools.cache
+def _ir_builder() -> Any:
+    from tvm.script.ir_builder import IRBuilder
+
+    return IRBuilder
+
+
+class Arguments:
+    """The buffers of a kernel under construction by name, and the range ``begin``..``end`` of its items."""
+
+    def __init__(self, buffers: dict[str, Expr], begin: Expr, end: Expr) -> None:
+        self._buffers = buffers
+        self.begin = begin
+        self.end = end
+
+    def __getitem__(self, name: str) -> Expr:
+        return self._buffers[name]
+
+    def sizes(self, *names: str) -> list[Expr]:
+        """The leading entries of ``dims``, bound once, in the order of ``names`` (which are for the reader)."""
+        return [bind(self["dims"][position]) for position, _ in enumerate(names)]
+
+
+class KernelBuilder:
+    """Builds one PrimFunc with :data:`SIGNATURE`; ``weights`` gives the element types of ``w0``..``w3``.
+
+    Used as a context manager: inside, statements are emitted by the functions of this module; afterwards
+    :attr:`function` is the result.
+    """
+
+    def __init__(self, name: str, weights: Sequence[str]) -> None:
+        self.name = name
+        self._types = dict(SIGNATURE) | {f"w{i}": (weights[i] if i < len(weights) else "int32") for i in range(4)}
+        self.function: Expr = None
+
+    @contextmanager
+    def build(self) -> Iterator[Arguments]:
+        with _ir_builder()() as builder:
+            with _script().prim_func(private=True):
+                _script().func_name(self.name)
+                _script().func_attr({"_tirx().noalias": True})
+                handles = {name: _script().arg(name, _script().handle(dtype)) for name, dtype in self._types.items()}
+                begin, end = _script().arg("begin", _script().int32()), _script().arg("end", _script().int32())
+                buffers = {
+                    name: _script().decl_buffer((_UNBOUNDED,), self._types[name], data=handle)
+                    for name, handle in handles.items()
+                }
+                yield Arguments(buffers, begin, end)
+        self.function = builder.get()
+
+
+# -- expressions ------------------------------------------------------------------------------------------------------
+
+
+def bind(value: Expr) -> Expr:
+    """Evaluate once, here; the result is a variable."""
+    return _script().Bind(value)
+
+
+def const(value: float, dtype: str = "float32", lanes: int = 1) -> Expr:
+    scalar = _tirx().IntImm(dtype, int(value)) if "int" in dtype else _tirx().FloatImm(dtype, float(value))
+    return splat(scalar, lanes)
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    return value if lanes == 1 else _tirx().Broadcast(value, lanes)
+
+
+def load(buffer: Expr, index: Expr, lanes: int = 1) -> Expr:
+    return buffer[index] if lanes == 1 else buffer[_script().ramp(index, 1, lanes)]
+
+
+def store(buffer: Expr, index: Expr, value: Expr, lanes: int = 1) -> None:
+    _script().buffer_store(buffer, value, [index if lanes == 1 else _script().ramp(index, 1, lanes)])
+
+
+def cast(dtype: str, value: Expr) -> Expr:
+    return _tirx().Cast(dtype, value)
+
+
+def reinterpret(dtype: str, value: Expr) -> Expr:
+    return _tirx().reinterpret(dtype, value)
+
+
+def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+    return _tirx().Select(condition, then, otherwise)
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    return _tirx().Max(a, b)
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    return _tirx().Min(a, b)
+
+
+def popcount(value: Expr) -> Expr:
+    return _tirx().popcount(value)
+
+
+def ceil_div(a: Expr, b: int | Expr) -> Expr:
+    """Ceiling of a quotient of sizes, which are never negative: a plain machine division."""
+    return _tirx().truncdiv(a + b - 1, b)
+
+
+def floor_div(a: Expr, b: int | Expr) -> Expr:
+    """Quotient of sizes."""
+    return _tirx().truncdiv(a, b)
+
+
+def floor_mod(a: Expr, b: int | Expr) -> Expr:
+    """Remainder of sizes."""
+    return _tirx().truncmod(a, b)
+
+
+def vector_of(scalars: Sequence[Expr]) -> Expr:
+    """One vector from scalar expressions."""
+    return _tirx().Shuffle(list(scalars), [_tirx().IntImm("int32", i) for i in range(len(scalars))])
+
+
+def lane(vector: Expr, index: int) -> Expr:
+    return _tirx().Shuffle([vector], [_tirx().IntImm("int32", index)])
+
+
+def shuffle(a: Expr, b: Expr, indices: Sequence[int]) -> Expr:
+    """Lanes picked from ``a`` followed by ``b``."""
+    return _tirx().Shuffle([a, b], [_tirx().IntImm("int32", i) for i in indices])
+
+
+def llvm_call(dtype: str, intrinsic: str, *args: Expr) -> Expr:
+    """A pure LLVM intrinsic, by its LLVM name."""
+    return _tirx().call_llvm_pure_intrin(dtype, intrinsic, *args)
+
+
+# -- statements -------------------------------------------------------------------------------------------------------
+
+
+def loop(extent: Expr | int) -> Any:
+    """``with loop(n) as i``."""
+    return _script().serial(extent)
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    with _script().If(condition), _script().Then():
+        yield
+
+
+def registers(count: int, dtype: str = "float32") -> Expr:
+    """A small local array that LLVM keeps in registers (all indices are constants after unrolling)."""
+    return _script().alloc_buffer((count,), dtype, scope="local")
+
+
+def transpose(vectors: Sequence[Expr]) -> list[Expr]:
+    """Transpose a square of `lanes` vectors of `lanes` entries (4, 8, 16, ...) by rounds of two-input shuffles.
+
+    Within 128 bits four rows are transposed by interleaving single entries and then pairs, which are one instruction
+    each on x86 (unpack) and AArch64 (zip); the blocks of 128 bits then change places as in Eklundh's method.
+    """
+    rows = list(vectors)
+    lanes = len(rows)
+    quads = range(0, lanes, 4)
+    for width in (1, 2):
+        result: list[Expr] = []
+        for first in quads:
+            group = rows[first : first + 4]
+            upper = [(0, 1), (2, 3)] if width == 1 else [(0, 2), (1, 3)]
+            for a, b in upper:
+                for half in (0, 2):
+                    if width == 1:
+                        order = [i for q in quads for e in (0, 1) for i in (q + half + e, lanes + q + half + e)]
+                    else:
+                        order = [i for q in quads for i in (q + half, q + half + 1, lanes + q + half, lanes + q + half + 1)]
+                    result.append(bind(shuffle(group[a], group[b], order)))
+        rows = result
+    step = 4
+    while step < lanes:
+        result = list(rows)
+        low = [i if not i & step else i - step + lanes for i in range(lanes)]
+        high = [i + step if not i & step else i + lanes for i in range(lanes)]
+        for i in range(lanes):
+            if not i & step:
+                result[i] = bind(shuffle(rows[i], rows[i + step], low))
+                result[i + step] = bind(shuffle(rows[i], rows[i + step], high))
+        rows = result
+        step *= 2
+    return rows
+
+
+# -- to an object file ------------------------------------------------------------------------------------------------
+
+
+def lower(function: Expr, name: str, target: dict[str, Any]) -> tuple[Any, Any]:
+    """TIR passes up to (not including) code generation; returns the module and the TVM target.
+
+    Kernels are written in vectors and unrolled already, so the few passes that code generation needs are enough.
+    """
+    tvm_target = _tvm().target.Target(target)
+    tvm_target = tvm_target.with_host(tvm_target)
+    module = _tvm().IRModule({name: function})
+    passes = _tirx().transform
+    for step in (
+        passes.BindTarget(tvm_target),
+        passes.FlattenBuffer(),
+        # Also folds the zero offsets of flattened buffers: else vector indices are no ramps and are loaded lane by lane.
+        passes.StmtSimplify(),
+        passes.LowerIntrin(),
+    ):
+        module = step(module)
+    return _tvm().IRModule({name: module[name].with_attr("global_symbol", name)}), tvm_target
+
+
+def compile_object(function: Expr, name: str, target: dict[str, Any]) -> tuple[bytes, str]:
+    """Object code of ``function`` as the plain C function ``name``, and its assembly for reading."""
+    module, tvm_target = lower(function, name, target)
+    built = _tvm().get_global_func("target.build.llvm")(module, tvm_target)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.o"
+        built.write_to_file(str(path))
+        return path.read_bytes(), str(built.inspect_source("asm"))

@@ -1,0 +1,310 @@
+"""A plan: for every site what it may become at which cost, what was chosen and why; it can be edited as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsecomp.patterns import Pattern
+from sparsecomp.planner.reader import DocumentError, Reader, parse_json, read_text
+from sparsecomp.targets.base import DENSE, Candidate
+
+PLAN_VERSION = 1
+FORMAT = "sparsecomp-plan"
+
+_KERNEL = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class PlanError(DocumentError):
+    """A plan cannot be read; the message says where in the document and what was expected."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a candidate would cost.
+
+    Attributes:
+        candidate: the way to compute the site.
+        us: microseconds of one call that the cost model predicts.
+        nbytes: bytes of the weight in the form that the candidate reads.
+        measured_us: microseconds of one call as measured, None if it was not.
+    """
+
+    candidate: Candidate
+    us: float
+    nbytes: int
+    measured_us: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """Microseconds that the choice goes by: measured if there is a measurement, else predicted."""
+        return self.us if self.measured_us is None else self.measured_us
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """What one site becomes.
+
+    Attributes:
+        name: qualified module name.
+        shape: `(O, I)` of the weight.
+        tokens: rows of the input that the costs are for.
+        dtype: such as `float32`.
+        density: nonzeros / entries of the weight.
+        patterns: printed patterns that the weight satisfies, fullest first.
+        predictions: every candidate that was considered, dense first; empty for a site that was not looked at closer.
+        chosen: one of their candidates.
+        reason: why, in one sentence.
+        activation: fused into the site.
+        residual: whether an addition is fused into the site.
+        dynamic: whether the number of tokens may change from call to call.
+        declined: whether the site cannot be rewritten, whatever the costs.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tokens: int
+    density: float
+    chosen: Candidate
+    reason: str
+    dtype: str = "float32"
+    patterns: tuple[str, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+    activation: str = "none"
+    residual: bool = False
+    dynamic: bool = False
+    declined: bool = False
+
+    def prediction(self, candidate: Candidate) -> Prediction | None:
+        """The costs of a candidate, None if it was not considered."""
+        return next((item for item in self.predictions if item.candidate == candidate), None)
+
+    @property
+    def dense_us(self) -> float | None:
+        """Microseconds of dense, None if nothing was predicted."""
+        dense = self.prediction(DENSE)
+        return None if dense is None else dense.cost
+
+    @property
+    def chosen_us(self) -> float | None:
+        """Microseconds of what was chosen, None if nothing was predicted."""
+        chosen = self.prediction(self.chosen)
+        return None if chosen is None else chosen.cost
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the weight as the model holds it."""
+        return self.shape[0] * self.shape[1] * {"float64": 8, "bfloat16": 2, "float16": 2}.get(self.dtype, 4)
+
+    @property
+    def packed_bytes(self) -> int | None:
+        """Bytes of the packed weight, None where it stays dense."""
+        if self.chosen.is_dense:
+            return None
+        chosen = self.prediction(self.chosen)
+        return None if chosen is None else chosen.nbytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choice as JSON types."""
+        return {
+            "name": self.name,
+            "out_features": self.shape[0],
+            "in_features": self.shape[1],
+            "tokens": self.tokens,
+            "dynamic": self.dynamic,
+            "dtype": self.dtype,
+            "activation": self.activation,
+            "residual": self.residual,
+            "density": self.density,
+            "patterns": list(self.patterns),
+            "candidates": [
+                {
+                    **_candidate_dict(item.candidate),
+                    "us": item.us,
+                    "measured_us": item.measured_us,
+                    "bytes": item.nbytes,
+                }
+                for item in self.predictions
+            ],
+            "chosen": _candidate_dict(self.chosen),
+            "declined": self.declined,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_value(cls, value: Any, where: str) -> SiteChoice:
+        """Read what `to_dict` gave; only name and chosen must be there.
+
+        Raises:
+            DocumentError: it is not that.
+        """
+        reader = Reader(value, where)
+        choice = cls(
+            name=reader.text("name"),
+            shape=(reader.integer("out_features", 0), reader.integer("in_features", 0)),
+            tokens=reader.integer("tokens", 0),
+            dynamic=reader.boolean("dynamic", False),
+            dtype=reader.text("dtype", "float32"),
+            activation=reader.text("activation", "none"),
+            residual=reader.boolean("residual", False),
+            density=1.0 if (density := reader.maybe_number("density")) is None else density,
+            patterns=reader.items("patterns", _pattern_text),
+            predictions=reader.items("candidates", _prediction),
+            chosen=_candidate(Reader(reader.raw("chosen"), reader.place("chosen")), finish=True),
+            declined=reader.boolean("declined", False),
+            reason=reader.text("reason", ""),
+        )
+        reader.finish()
+        return choice
+
+
+@dataclass
+class Plan:
+    """The choices for the sites of a model on a target.
+
+    Attributes:
+        target: name of the target.
+        threads: that the costs are for.
+        sites: the choices, in graph order; a site may be there once for every number of tokens it was compiled for.
+        version: of the format.
+    """
+
+    target: str
+    sites: list[SiteChoice] = field(default_factory=list)
+    threads: int = 1
+    version: int = PLAN_VERSION
+
+    def __iter__(self) -> Iterator[SiteChoice]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def add(self, choices: Iterable[SiteChoice]) -> None:
+        """Append choices, replacing those for the same site and number of tokens."""
+        merged = {(choice.name, choice.tokens): choice for choice in self.sites}
+        merged.update({(choice.name, choice.tokens): choice for choice in choices})
+        self.sites = list(merged.values())
+
+    def site(self, name: str, tokens: int | None = None) -> SiteChoice | None:
+        """The choice for a site: the one for that number of tokens if there is one, else the first of that name."""
+        named = [choice for choice in self.sites if choice.name == name]
+        exact = (choice for choice in named if choice.tokens == tokens)
+        return next(exact, named[0] if named else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON types."""
+        return {
+            "format": FORMAT,
+            "version": self.version,
+            "target": self.target,
+            "threads": self.threads,
+            "sites": [choice.to_dict() for choice in self.sites],
+        }
+
+    def to_json(self) -> str:
+        """The plan as JSON text that `from_json` reads back to an equal plan."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a file, all of it or nothing.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+            # mkstemp makes private files; a plan is an ordinary one.
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def from_json(cls, text: str, what: str = "plan") -> Plan:
+        """Read a plan from JSON text that need not be trusted.
+
+        Args:
+            text: the document.
+            what: how messages call it.
+
+        Raises:
+            PlanError: it is no valid plan, or of a version that this package does not know.
+        """
+        try:
+            reader = Reader(parse_json(text, what), what)
+            reader.text("format", among=(FORMAT,))
+            version = reader.integer("version")
+            if version != PLAN_VERSION:
+                raise DocumentError(f"{what}.version: this package reads version {PLAN_VERSION}, given {version}")
+            plan = cls(
+                target=reader.text("target"),
+                threads=reader.integer("threads", 1),
+                sites=list(reader.items("sites", SiteChoice.from_value)),
+                version=version,
+            )
+            reader.finish()
+        except DocumentError as error:
+            raise PlanError(str(error)) from error
+        return plan
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan from a file that need not be trusted.
+
+        Raises:
+            PlanError: the file cannot be read or holds no valid plan.
+        """
+        try:
+            text = read_text(Path(path), "plan")
+        except DocumentError as error:
+            raise PlanError(str(error)) from error
+        return cls.from_json(text, what=f"plan {path}")
+
+
+def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    return {"kernel": candidate.kernel, "pattern": candidate.pattern, "params": dict(candidate.params)}
+
+
+def _candidate(reader: Reader, *, finish: bool) -> Candidate:
+    kernel = reader.text("kernel")
+    if not _KERNEL.fullmatch(kernel):
+        raise DocumentError(
+            f"{reader.place('kernel')}: expected the name of a kernel such as 'rows', given {kernel[:60]!r}"
+        )
+    pattern = _pattern_text(reader.text("pattern", "dense" if kernel == "dense" else None), reader.place("pattern"))
+    params = tuple(sorted(reader.integers("params").items()))
+    if finish:
+        reader.finish()
+    return DENSE if kernel == DENSE.kernel else Candidate(kernel, pattern, params)
+
+
+def _prediction(value: Any, where: str) -> Prediction:
+    reader = Reader(value, where)
+    prediction = Prediction(
+        candidate=_candidate(reader, finish=False),
+        us=reader.number("us"),
+        measured_us=reader.maybe_number("measured_us"),
+        nbytes=reader.integer("bytes", 0),
+    )
+    reader.finish()
+    return prediction
+
+
+def _pattern_text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or len(value) > 64:
+        raise DocumentError(f"{where}: expected a pattern of at most 64 characters, such as '2:4'")
+    try:
+        return str(Pattern.parse(value))
+    except ValueError as error:
+        raise DocumentError(f"{where}: {error}") from error

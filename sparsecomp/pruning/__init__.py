@@ -1,0 +1,8 @@
+"""Putting zeros into a model: the criterion that ranks weights, and the in-place pruning of whole models."""
+
+from __future__ import annotations
+
+from sparsecomp.pruning.magnitude import magnitude
+from sparsecomp.pruning.sparsify import sparsify_
+
+__all__ = ["magnitude", "sparsify_"]

@@ -1,0 +1,138 @@
+"""Compiled kernels as shared objects in the user's cache directory.
+
+A file is named by the hash of everything that shaped it and lies beside the SHA-256 of its content. What is damaged,
+belongs to somebody else or could be written by others is built again and never loaded; nothing is unpickled. The hash
+takes the source text of the kernel modules instead of the printed TIR that they give, which says the same and lets a
+warm start pass without importing TVM.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import platformdirs
+
+from sparsecomp.log import log
+
+CACHE_VARIABLE = "SPARSECOMP_CACHE_DIR"
+_LINK_SECONDS = 120
+
+_loaded: dict[str, ctypes.CDLL] = {}
+_lock = threading.Lock()
+
+
+class BuildError(RuntimeError):
+    """A kernel could not be built here; the message says which tool failed and how."""
+
+
+def cache_dir() -> Path:
+    """The directory of kernels and calibrations: `$SPARSECOMP_CACHE_DIR`, or the platform's user cache."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("sparsecomp"))
+
+
+def key_of(*parts: str) -> str:
+    """Name of a cached object from everything that shapes it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        encoded = part.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()[:32]
+
+
+def load_or_build(key: str, write_input: Callable[[Path], Path], flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """The shared object of a key: from this process, from the cache, or linked now.
+
+    Args:
+        key: from `key_of`.
+        write_input: writes an object or a C source into the folder it is given and returns its path; only called
+            when the cache has no sound file.
+        flags: for the C compiler.
+
+    Raises:
+        BuildError: there is no C compiler, or it failed.
+    """
+    with _lock:
+        if key not in _loaded:
+            folder = cache_dir() / "kernels"
+            path = folder / f"{key}.so"
+            reason = _unsound(path)
+            if reason is not None:
+                if path.exists():
+                    log.warning("%s is built again: %s", path, reason)
+                path = _build(key, folder, write_input, flags)
+            _loaded[key] = ctypes.CDLL(str(path))
+        return _loaded[key]
+
+
+def _unsound(path: Path) -> str | None:
+    """Why a cached file must not be loaded; None if it may."""
+    digest = path.with_suffix(".sha256")
+    for file in (path.parent, path, digest):
+        try:
+            status = file.lstat()
+        except FileNotFoundError:
+            return "it is not there"
+        if stat.S_ISLNK(status.st_mode):
+            return f"{file.name} is a link"
+        if status.st_uid != os.getuid():
+            return f"{file.name} belongs to another user"
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return f"{file.name} can be written by other users"
+    if digest.read_text().strip() != hashlib.sha256(path.read_bytes()).hexdigest():
+        return "its content is not what was written"
+    return None
+
+
+def _build(key: str, folder: Path, write_input: Callable[[Path], Path], flags: Sequence[str]) -> Path:
+    """Link into the cache; where that cannot be written, into a private folder that lasts as long as the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        work = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder))
+    except OSError as error:
+        work = Path(tempfile.mkdtemp(prefix="sparsecomp."))
+        log.warning("the kernel cache %s cannot be written (%s): kernels are kept in %s", folder, error, work)
+        folder = work
+    source = write_input(work)
+    linked = work / "linked.so"
+    _compile(source, linked, flags)
+    linked.chmod(0o600)
+    path = folder / f"{key}.so"
+    (work / "digest").write_text(hashlib.sha256(linked.read_bytes()).hexdigest())
+    (work / "digest").chmod(0o600)
+    # Two renames are not one step: a reader between them finds a digest that does not fit, and builds for itself.
+    os.replace(work / "digest", path.with_suffix(".sha256"))
+    os.replace(linked, path)
+    if work != folder:
+        shutil.rmtree(work)
+    return path
+
+
+def _compile(source: Path, output: Path, flags: Sequence[str]) -> None:
+    compiler = _compiler()
+    command = [compiler, "-shared", "-fPIC", "-O2", "-o", str(output), str(source), *flags]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_LINK_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{compiler} did not finish within {_LINK_SECONDS} s: {' '.join(command)}") from error
+    if result.returncode:
+        raise BuildError(f"{' '.join(command)} failed with code {result.returncode}:\n{result.stderr[:4000]}")
+
+
+def _compiler() -> str:
+    names = [name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name]
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError(f"no C compiler found (looked for {', '.join(names)}): install one, such as gcc, or set CC")

@@ -1,0 +1,164 @@
+"""From a kernel in TIR to something that runs on torch tensors: build through the cache, call on PyTorch's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+import sparsecomp
+from sparsecomp.log import CODE, debug_level
+from sparsecomp.runtime.cache import key_of, load_or_build
+
+_NATIVE = Path(__file__).with_name("native.c")
+_KERNELS = Path(sparsecomp.__file__).parent / "kernels"
+_PATTERNS = Path(sparsecomp.__file__).parent / "patterns"
+_WEIGHT_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A kernel to build.
+
+    Attributes:
+        name: of the C function.
+        identity: everything beside the source text that decides what `build` gives, printed.
+        build: gives the PrimFunc; only called when the kernel is not cached.
+        target: of TVM.
+    """
+
+    name: str
+    identity: str
+    build: Callable[[], Any]
+    target: Mapping[str, Any]
+
+
+@functools.cache
+def _versions() -> str:
+    """What, beside its own parameters, shapes a kernel: the sources of the kernels, and the code generator."""
+    digest = hashlib.sha256()
+    for folder in (_KERNELS, _PATTERNS):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return f"{digest.hexdigest()} tvm {metadata.version('apache-tvm')} ffi {metadata.version('apache-tvm-ffi')}"
+
+
+@functools.cache
+def _launcher() -> Any:
+    source = _NATIVE.read_text()
+
+    def write(folder: Path) -> Path:
+        path = folder / "native.c"
+        path.write_text(source)
+        return path
+
+    flags = ("-fopenmp",)
+    library = load_or_build(key_of("native", source, *flags), write, flags)
+    function = library.sparsecomp_launch
+    pointer = ctypes.c_void_p
+    function.argtypes = [pointer] * 7 + [ctypes.c_int32, ctypes.c_int32, ctypes.c_int64]
+    function.restype = ctypes.c_int32
+    return function
+
+
+def function_of(source: KernelSource) -> ctypes.c_void_p:
+    """Address of the compiled function.
+
+    Raises:
+        BuildError: it could not be built here.
+    """
+
+    def write(folder: Path) -> Path:
+        from sparsecomp.kernels import tir  # brings TVM: only when there is something to build
+
+        code, assembly = tir.compile_object(source.build(), source.name, dict(source.target))
+        path = folder / "kernel.o"
+        path.write_bytes(code)
+        (folder / "kernel.s").write_text(assembly)
+        return path
+
+    key = key_of(source.name, source.identity, repr(sorted(source.target.items())), _versions())
+    library = load_or_build(key, write)
+    return ctypes.cast(getattr(library, source.name), ctypes.c_void_p)
+
+
+def assembly_of(source: KernelSource) -> str:
+    """The generated code, for people; builds the kernel once more."""
+    from sparsecomp.kernels import tir
+
+    return tir.compile_object(source.build(), source.name, dict(source.target))[1]
+
+
+def debug_code_wanted() -> bool:
+    """Whether `SPARSECOMP_DEBUG` asks for the generated code."""
+    return debug_level() >= CODE
+
+
+class Weights:
+    """The arrays of a packed weight, as the pointers that a kernel takes; keeps them alive."""
+
+    def __init__(self, arrays: Sequence[npt.NDArray[np.generic]]) -> None:
+        self._arrays = [_aligned(array) for array in arrays]
+        addresses = [array.ctypes.data for array in self._arrays]
+        self.pointers = (ctypes.c_void_p * _WEIGHT_SLOTS)(*addresses)
+        self.nbytes = sum(array.nbytes for array in self._arrays)
+
+
+def _aligned(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """A copy that starts on a cache line, as vector loads like it."""
+    line = 64
+    raw = np.empty(array.nbytes + line, np.uint8)
+    start = -raw.ctypes.data % line
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def launch(
+    function: ctypes.c_void_p,
+    weights: Weights,
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    dims: Sequence[int],
+    items: int,
+    scratch_floats: int,
+) -> None:
+    """Run a kernel over its items on `torch.get_num_threads()` threads.
+
+    Args:
+        function: from `function_of`.
+        weights: packed.
+        x, bias, residual, out: contiguous float32 tensors on the CPU.
+        dims: the sizes that the kernel reads.
+        items: work items, split evenly over the threads.
+        scratch_floats: scratch of one thread.
+
+    Raises:
+        MemoryError: scratch could not be allocated.
+    """
+    failed = _launcher()(
+        function,
+        x.data_ptr(),
+        bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        out.data_ptr(),
+        weights.pointers,
+        (ctypes.c_int32 * len(dims))(*dims),
+        items,
+        torch.get_num_threads(),
+        4 * scratch_floats,
+    )
+    if failed:
+        raise MemoryError(f"no memory for {4 * scratch_floats} bytes of scratch per thread")

@@ -1,0 +1,181 @@
+"""What a target is: the kernels that it offers for a weight, what they cost, and how they are made ready.
+
+A target answers three questions. Which kernels could compute this weight (`candidates`)? How long would one take on
+this problem (`predict`)? And, once chosen: pack the weight for it (`prepare`). The planner asks the first two, the run
+time the third.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparsecomp.patterns import Detection, detect, kept_columns
+
+PANEL_SIZES = (1, 2, 4, 8, 16, 32)
+"""Numbers of output rows that kernels let share their columns; the facts of a weight count the columns for each."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a site.
+
+    Attributes:
+        kernel: `dense`, or the name of a kernel family of the target (`rows`, `panel`, `rows_few`, `panel_few`).
+        pattern: the printed pattern that the weight must satisfy, such as `unstructured` or `32:2:4`.
+        params: schedule parameters by name, sorted.
+    """
+
+    kernel: str
+    pattern: str
+    params: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        if self.kernel == "dense":
+            return "dense"
+        return f"{self.kernel}[{self.pattern}]"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the weight stays dense."""
+        return self.kernel == "dense"
+
+
+DENSE = Candidate("dense", "dense")
+"""The candidate that every target offers: the framework's own product."""
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What the cost model has to know about a weight `[O, I]`; it holds no tensor.
+
+    Attributes:
+        out_features: O.
+        in_features: I.
+        nonzeros: entries that are not zero.
+        panels: for every v of `PANEL_SIZES` the columns that panels of v rows keep, summed over the panels.
+        patterns: the patterns that the weight satisfies, fullest first.
+    """
+
+    out_features: int
+    in_features: int
+    nonzeros: int
+    panels: Mapping[int, int] = field(hash=False)
+    patterns: tuple[Detection, ...]
+
+    @property
+    def density(self) -> float:
+        """Nonzeros / entries, 1 for an empty weight."""
+        entries = self.out_features * self.in_features
+        return self.nonzeros / entries if entries else 1.0
+
+    @classmethod
+    def of(cls, weight: Tensor) -> WeightFacts:
+        """Count the facts of a weight `[O, I]`.
+
+        Raises:
+            ValueError: the weight is not a matrix.
+        """
+        found = tuple(detect(weight))
+        out_features, in_features = weight.shape
+        if found and found[0].pattern.kind == "dense":
+            panels = {v: -(-out_features // v) * in_features for v in PANEL_SIZES}
+        else:
+            panels = kept_columns(weight, PANEL_SIZES)
+        return cls(out_features, in_features, panels[1], panels, found)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a site computes in one call: `activation(x @ W.T + bias) + residual` with x of `[tokens, I]`.
+
+    Attributes:
+        facts: of the weight.
+        tokens: rows of x.
+        threads: threads that the call may use.
+        activation: `none`, `relu`, `gelu`, `gelu_tanh` or `silu`.
+        residual: whether a tensor of the output's shape is added.
+        dtype: of x, weight and output.
+    """
+
+    facts: WeightFacts
+    tokens: int
+    threads: int
+    activation: str = "none"
+    residual: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+class Kernel(ABC):
+    """A weight packed for a kernel that is ready to run.
+
+    Attributes:
+        nbytes: bytes of the packed weight.
+    """
+
+    nbytes: int
+
+    @abstractmethod
+    def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, out: Tensor) -> None:
+        """Write `activation(x @ W.T + bias) + residual` to out.
+
+        Args:
+            x: `[tokens, I]`.
+            bias: `[O]` or None.
+            residual: `[tokens, O]` or None.
+            activation: as in `Problem`.
+            out: `[tokens, O]`, written.
+        """
+
+    def build(self, tokens: int, activation: str, residual: bool) -> None:  # noqa: B027 -- most kernels are built when packed
+        """Compile now what a call would compile; a target that compiles nothing does nothing."""
+
+    @property
+    def source(self) -> str:
+        """The generated code, for people; empty if there is none."""
+        return ""
+
+
+class Target(ABC):
+    """Facts, kernels and cost model of a piece of hardware.
+
+    Attributes:
+        name: as `get_target` takes it.
+        description: one line for people.
+    """
+
+    name: str
+    description: str
+
+    @abstractmethod
+    def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
+        """The ways to compute a weight, `DENSE` first.
+
+        Args:
+            facts: of the weight.
+            allowed: printed patterns that may be used; every one if None.
+        """
+
+    @abstractmethod
+    def predict(self, candidate: Candidate, problem: Problem) -> float:
+        """Predicted microseconds of one call; infinity where the kernel cannot take the problem."""
+
+    @abstractmethod
+    def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
+        """Pack a weight `[O, I]` for a candidate and build its kernel.
+
+        Raises:
+            ValueError: the weight does not satisfy the pattern of the candidate.
+        """
+
+    def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of the packed weight as `prepare` gives them, from the facts alone; of dense, those of the weight."""
+        if candidate.is_dense:
+            return facts.out_features * facts.in_features * dtype.itemsize
+        v = dict(candidate.params).get("v", 1)
+        columns = facts.panels[v]
+        return 4 * (-(-facts.out_features // v) + 1) + columns * (4 + 4 * v)

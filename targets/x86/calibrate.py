@@ -1,0 +1,234 @@
+"""`sparsecomp calibrate`: measure what the cost model's quantities cost on this machine, in under a minute."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsecomp.kernels import peak
+from sparsecomp.runtime.launch import KernelSource, Weights, function_of, launch
+from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+from sparsecomp.targets.x86 import calibration, cost
+from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, level
+from sparsecomp.targets.x86.target import X86Target, create
+
+SHAPES = ((384, 384), (768, 768), (1536, 384), (384, 1536), (3072, 768), (768, 3072), (2048, 2048))
+MEMORY_SHAPES = ((4096, 4096), (2048, 8192), (768, 768), (3072, 768), (1024, 4096))
+DENSITIES = (0.5, 0.35, 0.2, 0.1, 0.05)
+MANY_TOKENS = (16, 32, 64, 100, 128, 256, 512)
+FEW_TOKENS = (1, 2, 4, 8)
+_SECONDS = 50.0
+_RUNS = (5, 60)
+_FOLDS = 5
+
+
+@dataclass
+class Result:
+    """What calibration found; prints as a table.
+
+    Attributes:
+        cpu: name.
+        level: instruction set level.
+        peak: GFLOP/s of one thread.
+        errors: by model, the median relative error of predictions for points that were left out of the fit.
+        points: measurements by model.
+        seconds: that it took.
+        path: of the file that was written.
+    """
+
+    cpu: str
+    level: str
+    peak: float
+    errors: dict[str, float] = field(default_factory=dict)
+    points: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    path: str = ""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.cpu}, {self.level}: {self.peak:.1f} GFLOP/s float32 on one thread, {self.seconds:.0f} s, {self.path}",
+            f"{'model':<12} points  median error of left-out points",
+        ]
+        lines += [f"{name:<12} {self.points[name]:>6}  {error:.0%}" for name, error in self.errors.items()]
+        return "\n".join(lines)
+
+
+def measure_fma_peak(level_name: str | None = None, seconds: float = 0.3) -> float:
+    """GFLOP/s of float32 multiply-adds on one thread: the best of several runs of `kernels.peak`."""
+    machine = level(level_name or best_level())
+    source = KernelSource("peak", repr(machine.lanes), lambda: peak.build(machine.lanes), machine.tvm_target)
+    function, none = function_of(source), Weights([])
+    rounds = 200_000
+    x, bias, out = torch.tensor([0.5, 1.0]), torch.zeros(1), torch.empty(machine.lanes)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        launch(function, none, x, bias, None, out, [rounds], 1, 16)
+        best = min(best, time.perf_counter() - start)
+    return peak.flops(machine.lanes, rounds) / best / 1e9
+
+
+def calibrate(seconds: float = _SECONDS, level_name: str | None = None) -> Result:
+    """Measure, fit and write the prices of this machine.
+
+    Args:
+        seconds: for measurements; fitting and the first builds of kernels come on top.
+        level_name: instruction set level; the machine's highest if None.
+
+    Returns:
+        What was found.
+    """
+    chosen = level_name or best_level()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        result = Result(cpu_name(), chosen, measure_fma_peak(chosen))
+        points = _measure(chosen, start + seconds)
+        prices = {}
+        for name, rows in points.items():
+            counted = [row for row, _ in rows]
+            taken = np.array([nanoseconds for _, nanoseconds in rows])
+            prices[name] = cost.fit(counted, taken)
+            result.points[name] = len(rows)
+            result.errors[name] = _left_out_error(counted, taken)
+        _activation_prices(chosen, prices)
+        prices["convert"] = {"value": _convert_price()}
+    finally:
+        torch.set_num_threads(threads)
+    result.seconds = time.perf_counter() - start
+    notes = {"peak_gflops": round(result.peak, 1), "errors": result.errors, "points": result.points}
+    now = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    result.path = str(calibration.save(chosen, prices, now, notes))
+    create.cache_clear()  # targets made before hold the old prices
+    return result
+
+
+def _measure(level_name: str, deadline: float) -> dict[str, list[tuple[cost.Quantities, float]]]:
+    """Measurements by model, spread over the grid for as long as there is time; at least a few for each."""
+    machine = cost.Machine(level(level_name), caches())
+    plans = {
+        "rows": _cases("rows", SHAPES, DENSITIES, MANY_TOKENS),
+        "dense": _cases("dense", SHAPES, (1.0,), MANY_TOKENS),
+        "panel": _cases("panel", SHAPES, DENSITIES, MANY_TOKENS),
+        "gather": _cases("gather", MEMORY_SHAPES, DENSITIES, FEW_TOKENS),
+        "dense_one": _cases("dense", MEMORY_SHAPES + SHAPES, (1.0,), (1,)),
+        "dense_few": _cases("dense", MEMORY_SHAPES + SHAPES, (1.0,), (2, 4, 8, 12)),
+        "panel_one": _cases("panel", MEMORY_SHAPES, DENSITIES, (1,)),
+    }
+    if machine.level.spread:
+        plans["mask"] = _cases("mask", MEMORY_SHAPES, DENSITIES, FEW_TOKENS)
+    points: dict[str, list[tuple[cost.Quantities, float]]] = {name: [] for name in plans}
+    for turn in itertools.count():
+        for name, cases in plans.items():
+            if turn >= _LEAST and time.perf_counter() > deadline:
+                return points
+            case = next(cases)
+            given, counted = cost.quantities(machine, case.candidate, case.problem)
+            if given != name:
+                raise AssertionError(f"a case for {name} counted as {given}")
+            points[name].append((counted, case.nanoseconds(level_name)))
+    raise AssertionError("unreachable")
+
+
+_LEAST = 8
+
+
+@dataclass
+class _Case:
+    candidate: Candidate
+    problem: Problem
+    weight: Tensor
+
+    def nanoseconds(self, level_name: str) -> float:
+        """The median of a few calls."""
+        x = torch.randn(self.problem.tokens, self.problem.facts.in_features)
+        return 1e9 * median_seconds(runner(self.candidate, self.weight, x, level_name))
+
+
+def runner(candidate: Candidate, weight: Tensor, x: Tensor, level_name: str) -> Callable[[], object]:
+    """A call of a candidate on x, ready to be timed."""
+    bias = torch.zeros(weight.shape[0])
+    if candidate.is_dense:
+        return lambda: functional.linear(x, weight, bias)
+    kernel = X86Target(level_name).prepare(candidate, weight)
+    out = torch.empty(x.shape[0], weight.shape[0])
+    return lambda: kernel.run(x, bias, None, "none", out)
+
+
+def median_seconds(call: Callable[[], object], budget: float = 0.12) -> float:
+    """Median time of a call: after one warm-up, between 5 and 60 runs, as the budget in seconds allows."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < _RUNS[0] or (time.perf_counter() < end and len(times) < _RUNS[1]):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _cases(
+    kernel: str, shapes: tuple[tuple[int, int], ...], densities: tuple[float, ...], tokens: tuple[int, ...]
+) -> Iterator[_Case]:
+    """The grid in a fixed random order, again and again."""
+    order = random.Random(0)
+    grid = list(itertools.product(shapes, densities, tokens))
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        order.shuffle(grid)
+        for (outputs, inputs), density, count in grid:
+            if kernel == "panel":
+                v = order.choice((8, 16, 32))
+                panels = -(-outputs // v)
+                kept = (torch.rand(panels, 1, inputs, generator=generator) < density).expand(panels, v, inputs)
+                weight = torch.randn(outputs, inputs) * kept.reshape(-1, inputs)[:outputs]
+                candidate = Candidate("panel", "unstructured", (("v", v),))
+            else:
+                weight = torch.randn(outputs, inputs)
+                if density < 1:
+                    weight *= torch.rand(outputs, inputs, generator=generator) < density
+                candidate = DENSE if kernel == "dense" else Candidate(kernel, "unstructured")
+            yield _Case(candidate, Problem(WeightFacts.of(weight), count, 1), weight)
+
+
+def _left_out_error(rows: list[cost.Quantities], taken: np.ndarray) -> float:
+    """Median relative error of predictions for points outside of the fit, by k-fold cross-validation."""
+    errors = []
+    folds = np.arange(len(rows)) % _FOLDS
+    for fold in range(_FOLDS):
+        inside = [row for row, own in zip(rows, folds, strict=True) if own != fold]
+        prices = cost.fit(inside, taken[folds != fold])
+        for row, nanoseconds, own in zip(rows, taken, folds, strict=True):
+            if own == fold:
+                predicted = sum(prices[name] * amount for name, amount in row.items())
+                errors.append(abs(predicted - nanoseconds) / nanoseconds)
+    return float(np.median(errors)) if errors else float("nan")
+
+
+def _activation_prices(level_name: str, prices: dict[str, dict[str, float]]) -> None:
+    """The price of one value through an activation, from the row kernel with GELU and without."""
+    weight = torch.randn(1536, 384) * (torch.rand(1536, 384) < 0.05)
+    x, bias, out = torch.randn(128, 384), torch.zeros(1536), torch.empty(128, 1536)
+    kernel = X86Target(level_name).prepare(Candidate("rows", "unstructured"), weight)
+    plain = median_seconds(lambda: kernel.run(x, bias, None, "none", out))
+    gelu = median_seconds(lambda: kernel.run(x, bias, None, "gelu", out))
+    price = max(0.0, 1e9 * (gelu - plain) / out.numel() / cost.ACTIVATION_COST["gelu"])
+    for model in prices.values():
+        model["activations"] = price
+
+
+def _convert_price() -> float:
+    """Nanoseconds to widen one bfloat16 value and to narrow it again."""
+    x = torch.randn(256, 1024).bfloat16()
+    return 1e9 * median_seconds(lambda: x.float().bfloat16()) / x.numel()

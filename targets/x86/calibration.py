@@ -1,0 +1,102 @@
+"""Prices of the cost model: those measured on this machine if there are any, those that ship otherwise."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sparsecomp.log import log
+from sparsecomp.runtime.cache import cache_dir
+from sparsecomp.targets.x86.cost import Coefficients
+from sparsecomp.targets.x86.cpu import cpu_name
+
+FORMAT = 1
+_MAX_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Prices and where they come from.
+
+    Attributes:
+        coefficients: nanoseconds per unit, by model and quantity.
+        origin: for people.
+        measured_here: whether `sparsecomp calibrate` measured them on this machine.
+    """
+
+    coefficients: Coefficients
+    origin: str
+    measured_here: bool
+
+
+def path_of(level: str) -> Path:
+    """Where the calibration of this machine lies."""
+    return cache_dir() / f"x86-{level}.json"
+
+
+def load(level: str) -> Calibration:
+    """The prices for a level; a damaged or foreign file is reported and left aside."""
+    shipped = _shipped(level)
+    path = path_of(level)
+    if not path.exists():
+        return shipped
+    try:
+        content = _read(path)
+        _check(content, shipped.coefficients)
+    except ValueError as error:
+        log.warning("the calibration %s is not used: %s; run `sparsecomp calibrate` again", path, error)
+        return shipped
+    if content["cpu"] != cpu_name():
+        log.warning("the calibration %s is not used: it is for %s", path, content["cpu"])
+        return shipped
+    return Calibration(content["coefficients"], f"calibrated {content['when']}", True)
+
+
+def save(level: str, coefficients: Coefficients, when: str, notes: dict[str, Any]) -> Path:
+    """Write the prices that were measured here."""
+    path = path_of(level)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "cpu": cpu_name(), "when": when, "notes": notes, "coefficients": coefficients}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(path)
+    return path
+
+
+def _shipped(level: str) -> Calibration:
+    content = json.loads(resources.files(__package__).joinpath("prices.json").read_text())
+    entry = content["levels"][level]
+    return Calibration(entry["coefficients"], f"shipped prices ({entry['origin']}); `sparsecomp calibrate` measures", False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES} bytes")
+        content = json.loads(text)
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"it cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"expected an object of format {FORMAT}")
+    if not all(isinstance(content.get(name), str) for name in ("cpu", "when")):
+        raise ValueError("cpu and when must be texts")
+    return content
+
+
+def _check(content: dict[str, Any], expected: Coefficients) -> None:
+    given = content.get("coefficients")
+    if not isinstance(given, dict) or set(given) != set(expected):
+        raise ValueError("its models are not those of this version")
+    for model, prices in given.items():
+        if not isinstance(prices, dict) or set(prices) != set(expected[model]):
+            raise ValueError(f"the quantities of {model} are not those of this version")
+        for quantity, price in prices.items():
+            if type(price) not in (int, float) or not math.isfinite(price) or price < 0:
+                raise ValueError(f"{model}.{quantity} is {price!r}, expected nanoseconds")

@@ -1,0 +1,212 @@
+"""The cost model of x86: for every kernel family a few counted quantities, and nanoseconds per unit of each.
+
+A prediction is a roofline in the sense that compute, cache traffic and memory traffic are counted from the shapes, and
+that what one unit of each costs was measured (`sparsecomp calibrate`), not typed. The quantities are linear in the
+unknowns, so calibration is a non-negative least squares fit, and a coefficient can be read: it is a time per unit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsecomp.kernels.panel import PanelSchedule
+from sparsecomp.targets.base import Candidate, Problem
+from sparsecomp.targets.x86 import schedules
+from sparsecomp.targets.x86.cpu import Caches, Level
+
+Quantities = dict[str, float]
+# Arithmetic of an activation relative to SiLU.
+ACTIVATION_COST = {"none": 0.0, "relu": 0.1, "silu": 1.0, "gelu_tanh": 1.2, "gelu": 1.5}
+# Tokens up to which a dense product is a stream of its weight rather than a product of matrices.
+DENSE_FEW = 12
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the counting needs: the schedules' level and the caches."""
+
+    level: Level
+    caches: Caches
+
+
+def quantities(machine: Machine, candidate: Candidate, problem: Problem) -> tuple[str, Quantities]:
+    """The model's name for a candidate on a problem, and what it counts there.
+
+    The counts are those of the thread that has most to do; traffic to memory is shared by all.
+    """
+    counter, model = _COUNTERS[candidate.kernel]
+    name = model(problem)
+    counted = counter(machine, candidate, problem)
+    facts = problem.facts
+    # The epilogue of a dense linear runs in Inductor's code, which costs about the same per value.
+    values = problem.tokens * facts.out_features * ACTIVATION_COST[problem.activation] / problem.threads
+    counted["activations"] = values
+    return name, counted
+
+
+def _rows(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
+    facts, level = problem.facts, machine.level
+    shape = (facts.out_features, facts.in_features)
+    call = schedules.row_call(level, problem.tokens, shape, problem.threads)
+    packing = schedules.row_packing(level, shape, machine.caches.l1)
+    blocks = math.ceil(shape[1] / packing["block"])
+    share = call.share(problem.threads)
+    # Passes over the weight: one for every tile.
+    passes = call.tiles * share
+    nonzeros, vectors = facts.nonzeros, call.variant
+    loads = nonzeros - _shared_columns(facts.nonzeros, facts.panels.get(2), shape)
+    pairs = math.ceil(shape[0] / 2) * blocks
+    tile = vectors * level.lanes
+    nbytes = 4 * nonzeros + 2 * loads + 28 * pairs
+    return {
+        "multiply": passes * nonzeros * vectors,
+        "load": passes * loads * vectors,
+        "step": passes * nonzeros,
+        "pair": passes * pairs,
+        "pair_vector": passes * pairs * vectors,
+        "transpose_in": passes * call.splits * shape[1] * tile,
+        "transpose_out": passes * shape[0] * tile,
+        **_traffic(machine, nbytes, passes, problem.threads),
+        "call": 1.0,
+    }
+
+
+def _shared_columns(nonzeros: int, kept_pairs: int | None, shape: tuple[int, int]) -> float:
+    """Columns that both rows of a pair keep, from the union that neighbours have; matched rows share more."""
+    by_place = nonzeros - kept_pairs if kept_pairs is not None else 0
+    density = nonzeros / max(shape[0] * shape[1], 1)
+    # Matching finds rows that share more than neighbours do; the gain was seen to be near this where chance rules.
+    return max(by_place, min(nonzeros * (0.25 + 0.6 * density) / 2, nonzeros / 2)) if density < 0.4 else by_place
+
+
+def _panel(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
+    facts, level = problem.facts, machine.level
+    v = dict(candidate.params)["v"]
+    shape = (facts.out_features, facts.in_features)
+    call = schedules.panel_call(level, v, problem.tokens, shape, problem.threads)
+    schedule: PanelSchedule = schedules.panel_schedule(level, v, call.variant)
+    share = call.share(problem.threads)
+    columns = facts.panels[v] * (v // (schedule.lanes * schedule.vectors))
+    passes = call.tiles * share
+    parts = math.ceil(shape[0] / v) * (v // (schedule.lanes * schedule.vectors))
+    nbytes = facts.panels[v] * 4 * (v + 1)
+    # The latency of a multiply-add bounds a small register tile.
+    chain = max(schedule.tokens * schedule.vectors, _LATENCY)
+    return {
+        "multiply": passes * columns * chain,
+        "step": passes * columns * schedule.vectors,
+        "tile": passes * parts,
+        "store": passes * schedule.tokens * shape[0],
+        **_traffic(machine, nbytes, call.items / call.splits * share, problem.threads),
+        "call": 1.0,
+    }
+
+
+# Multiply-adds in flight that keep the units busy: latency x throughput.
+_LATENCY = 5
+
+
+def _gather(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
+    facts = problem.facts
+    group = schedules.gather_schedule(machine.level).group
+    share = 1 / min(problem.threads, max(facts.out_features, 1))
+    # On average half a group of padding for every row.
+    slots = facts.nonzeros + facts.out_features * group / 2
+    return {
+        "entry": problem.tokens * slots * share,
+        "row": problem.tokens * facts.out_features * share,
+        **_traffic(machine, 6 * slots, problem.tokens * share, problem.threads),
+        "call": 1.0,
+    }
+
+
+def _mask(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
+    facts = problem.facts
+    share = 1 / min(problem.threads, max(facts.out_features, 1))
+    words = facts.out_features * math.ceil(facts.in_features / 16)
+    return {
+        "word": problem.tokens * words * share,
+        "row": problem.tokens * facts.out_features * share,
+        **_traffic(machine, 4 * facts.nonzeros + 2 * words, problem.tokens * share, problem.threads),
+        "call": 1.0,
+    }
+
+
+def _dense(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
+    facts, tokens = problem.facts, problem.tokens
+    entries = facts.out_features * facts.in_features
+    share = 1 / problem.threads
+    # A library pads small matrices to its register tiles.
+    rows = math.ceil(tokens / 4) * 4 if tokens > DENSE_FEW else tokens
+    return {
+        "multiply": rows * entries * share,
+        "weight": entries * share,
+        "activation": tokens * (facts.in_features + facts.out_features) * share,
+        **_traffic(machine, 4 * entries, share, problem.threads),
+        "call": 1.0,
+    }
+
+
+def _traffic(machine: Machine, nbytes: float, passes: float, threads: int) -> Quantities:
+    """Bytes that come from the L3 cache or from memory: of a weight that is read `passes` times.
+
+    What fits the L2 cache costs nothing beside the loads that are counted anyway; of what is larger than the L3 cache
+    all comes from memory, which the threads share.
+    """
+    if nbytes <= machine.caches.l2 / 2:
+        return {"l3_bytes": 0.0, "memory_bytes": 0.0}
+    # A weight of about the size of the cache keeps a part of itself there.
+    missing = min(1.0, max(0.0, nbytes / machine.caches.l3 - 0.5))
+    moved = nbytes * passes
+    return {"l3_bytes": moved * (1 - missing), "memory_bytes": moved * missing * (1 + 0.5 * (threads - 1))}
+
+
+_COUNTERS: dict[
+    str, tuple[Callable[[Machine, Candidate, Problem], Quantities], Callable[[Problem], str]]
+] = {
+    "rows": (_rows, lambda problem: "rows"),
+    "panel": (_panel, lambda problem: "panel_one" if problem.tokens == 1 else "panel"),
+    "gather": (_gather, lambda problem: "gather"),
+    "mask": (_mask, lambda problem: "mask"),
+    "dense": (_dense, lambda problem: _dense_regime(problem.tokens)),
+}
+
+
+def _dense_regime(tokens: int) -> str:
+    if tokens == 1:
+        return "dense_one"
+    return "dense_few" if tokens <= DENSE_FEW else "dense"
+
+
+Coefficients = Mapping[str, Mapping[str, float]]
+
+
+def predict(machine: Machine, coefficients: Coefficients, candidate: Candidate, problem: Problem) -> float:
+    """Microseconds of one call."""
+    name, counted = quantities(machine, candidate, problem)
+    prices = coefficients[name]
+    return sum(prices.get(quantity, 0.0) * amount for quantity, amount in counted.items()) / 1e3
+
+
+def fit(rows: list[Quantities], nanoseconds: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Prices that minimise the squared relative error, none negative (Lawson and Hanson's NNLS).
+
+    Args:
+        rows: the quantities of each measurement, all with the same names.
+        nanoseconds: what each took.
+
+    Returns:
+        Nanoseconds per unit.
+    """
+    from scipy.optimize import nnls
+
+    names = list(rows[0])
+    matrix = np.array([[row[name] for name in names] for row in rows]) / nanoseconds[:, None]
+    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
+    prices, _ = nnls(matrix / scale, np.ones(len(rows)))
+    return dict(zip(names, (prices / scale).tolist(), strict=True))

