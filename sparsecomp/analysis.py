@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsecomp.frontends.fx import build
+from sparsecomp.frontends.fx_expand import Expansion, expand
 from sparsecomp.ir import LinearSite, SparseGraph
 from sparsecomp.log import GRAPHS, DebugFolder, log
 from sparsecomp.options import Options
 from sparsecomp.passes import Pass, PassResult, default_passes, run_passes
 from sparsecomp.planner import SiteChoice, choose, decline, measure
+from sparsecomp.runtime.facts import facts_of
 from sparsecomp.targets.base import DENSE, Candidate, Problem, Target, WeightFacts
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
@@ -25,30 +26,6 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 
 HOPELESS = 3.0
 """Autotuning measures no candidate that is predicted to take this many times as long as dense."""
-
-
-class FactsCache:
-    """Facts by weight, counted once while it does not change; holds no weight alive and may be shared by threads."""
-
-    def __init__(self) -> None:
-        self._entries = WeakIdKeyDictionary()
-        self._lock = threading.Lock()
-
-    def of(self, weight: Tensor, transposed: bool) -> WeightFacts:
-        """Facts of a weight, stored `[I, O]` if transposed, as `[O, I]`."""
-        stamp = (weight._version, weight.data_ptr(), tuple(weight.shape), transposed)
-        with self._lock:
-            entry = self._entries.get(weight)
-        if entry is not None and entry[0] == stamp:
-            return entry[1]
-        matrix = weight.detach()
-        facts = WeightFacts.of(matrix.t() if transposed else matrix)
-        with self._lock:
-            self._entries[weight] = (stamp, facts)
-        return facts
-
-
-_facts = FactsCache()
 
 
 class SiteChooser:
@@ -89,6 +66,42 @@ class SiteChooser:
         return self.choice(facts, tokens).chosen
 
 
+class StaysDense:
+    """Whether the choice for a weight is still dense; a guard asks this at every call, so it is quick for known weights.
+
+    Args:
+        site: that was left dense; its own weight counts as known.
+        chooser: of the site.
+    """
+
+    def __init__(self, site: LinearSite, chooser: SiteChooser) -> None:
+        self._transposed, self._tokens, self._chooser = site.transposed, site.tokens, chooser
+        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._remember(site.weight)
+
+    def _remember(self, weight: Tensor) -> None:
+        # An id may be used again after its tensor died: the reference tells.
+        self._known[id(weight)] = (weakref.ref(weight), weight._version)
+
+    def __call__(self, weight: Any) -> bool:
+        """False sends the call to another compiled graph, or to the compiler."""
+        known = self._known.get(id(weight))
+        if known is not None and known[0]() is weight and known[1] == weight._version:
+            return True
+        if type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_inference():
+            return True  # such a weight stays dense whatever it holds
+        with torch.no_grad():
+            dense = self._chooser(facts_of(weight, self._transposed), self._tokens).is_dense
+        if dense:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._remember(weight)
+        return dense
+
+
+_MAX_KNOWN = 4096
+
+
 @dataclass
 class PlannedSite:
     """A site and what it becomes.
@@ -112,11 +125,13 @@ class Analysis:
         graph: the overlay, with its sites.
         sites: the decisions, in graph order.
         reasons: why the whole graph stays dense, if it does.
+        expansions: PyTorch's composites that were taken apart; `settle` has to decide them before the graph is used.
     """
 
     graph: SparseGraph
     sites: list[PlannedSite] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    expansions: list[Expansion] = field(default_factory=list)
 
     @property
     def choices(self) -> list[SiteChoice]:
@@ -127,7 +142,9 @@ class Analysis:
 def analyse(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, target: Target, debug: DebugFolder
 ) -> Analysis:
-    """Find the sites of a graph and choose what each becomes; the graph is not changed.
+    """Find the sites of a graph and choose what each becomes.
+
+    Composites are taken apart in the graph so that their sites show: `settle` puts those back that are not needed.
 
     Args:
         gm: as Dynamo hands it to a backend.
@@ -139,9 +156,10 @@ def analyse(
     Raises:
         IRError: a pass broke the graph.
     """
+    expansions = expand(gm)
     graph = build(gm, example_inputs)
     run_passes(graph, default_passes(), observer=_observer(debug))
-    analysis = Analysis(graph)
+    analysis = Analysis(graph, expansions=expansions)
     autocast = autocast_reason(gm)
     if autocast is not None:
         analysis.reasons.append(autocast)
@@ -158,7 +176,7 @@ def _plan_site(
 ) -> PlannedSite:
     reason = site.declined or autocast or weight_reason(site) or _excluded(site, options)
     try:
-        facts = _facts.of(site.weight, site.transposed) if _countable(site.weight) else None
+        facts = facts_of(site.weight, site.transposed) if _countable(site.weight) else None
         if reason is not None or facts is None:
             return PlannedSite(site, decline(site, reason or "its weight cannot be read", facts))
         measured = tuner.measure(site, facts) if tuner is not None else None

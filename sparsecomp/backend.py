@@ -21,8 +21,10 @@ from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame, Tens
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsecomp.analysis import Analysis, PlannedSite, analyse, gradient_reason
+from sparsecomp.analysis import Analysis, PlannedSite, StaysDense, analyse, gradient_reason
 from sparsecomp.frontends.fx import Replacement, apply
+from sparsecomp.frontends.fx_expand import settle
+from sparsecomp.frontends.fx_guards import guard_weight
 from sparsecomp.ir import LinearSite
 from sparsecomp.log import CODE, GRAPHS, PLAN, DebugFolder, log
 from sparsecomp.options import Options
@@ -119,6 +121,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         if (reason := gradient_reason(gm, example_inputs)) is not None:
             compilation.reasons.append(reason)
         else:
+            rewrite.save()
             rewrite.run(analyse(gm, example_inputs, options, target, debug), options, target)
     except Exception as error:  # noqa: BLE001 -- logged with its traceback
         log.warning("the graph runs dense: its analysis failed", exc_info=True)
@@ -177,6 +180,10 @@ class _Rewrite:
         self._gm, self._compilation, self._debug = gm, compilation, debug
         self._original: fx.Graph | None = None
 
+    def save(self) -> None:
+        """Remember the graph as it is now."""
+        self._original = _copy(self._gm.graph)
+
     def run(self, analysis: Analysis, options: Options, target: Target) -> None:
         """Pack the weights of the sites that won and put the sparse op in their places."""
         compilation = self._compilation
@@ -192,9 +199,11 @@ class _Rewrite:
                     compilation.plan.add(
                         [replace(planned.choice, chosen=DENSE, reason=f"dense: {reason}", declined=True)]
                     )
+        self._guard_dense(analysis, {site.name for site, _ in sites})
+        kept = {site.composite for site, _ in sites if site.composite}
+        settle(self._gm, analysis.expansions, kept, [site for site, _ in sites])
         if not sites:
             return
-        self._original = _copy(self._gm.graph)
         if self._debug.wants(GRAPHS):
             self._debug.write(GRAPHS, "fx_before.py", self._gm.print_readable(print_output=False))
         apply(self._gm, [Replacement(site, runtime.handle) for site, runtime in sites])
@@ -207,6 +216,14 @@ class _Rewrite:
             compilation.dense_bytes += site.weight.numel() * site.weight.element_size()
             if self._debug.wants(CODE):
                 self._debug.write(CODE, f"code_{site.name}.txt", runtime.source)
+
+    def _guard_dense(self, analysis: Analysis, rewritten: set[str]) -> None:
+        """Compile anew for a module of the same class whose weights would not be left dense."""
+        for planned in analysis.sites:
+            site, chooser = planned.site, planned.chooser
+            if chooser is not None and site.weight_index >= 0 and site.name not in rewritten:
+                stays = StaysDense(site, chooser)
+                guard_weight(self._gm, site.weight_index, stays, f"the weight of {site.name} is best left dense")
 
     def undo(self, reason: str) -> None:
         """Put the graph back and make every choice dense."""
@@ -247,7 +264,7 @@ def _runtime_site(planned: PlannedSite, options: Options, target: Target) -> tup
         with _disable_current_modes(), torch.no_grad():
             runtime = RuntimeSite(site.name, site.weight, site.transposed, target, planned.chooser, site.activation)
             # Packs and builds now, where a failure can still be answered with dense.
-            runtime.prepare(site.tokens)
+            runtime.prepare(site.tokens, site.residual is not None)
             difference = _difference(site, runtime) if options.verify else 0.0
     except Exception as error:  # noqa: BLE001 -- logged with its traceback
         log.warning("site %s stays dense: preparing %s failed", site.name, choice.chosen, exc_info=True)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend
 
 from sparsecomp.analysis import analyse
+from sparsecomp.frontends.fx_expand import settle
 from sparsecomp.log import DebugFolder, log
 from sparsecomp.options import Options
 from sparsecomp.planner import Plan
@@ -73,12 +74,18 @@ class _Session:
         """
         self.report.graphs += 1
         planned: set[tuple[int, ...]] = set()
+        # Where the inputs come from, which Dynamo forgets when it is done with the graph.
+        origins = {
+            node: node.meta["grapharg"] for node in gm.graph.find_nodes(op="placeholder") if "grapharg" in node.meta
+        }
 
         def run(*args: Any) -> Any:
             parameters = {place: value for place, value in enumerate(args) if isinstance(value, nn.Parameter)}
             key = tuple(map(id, parameters.values()))
             if key not in planned:
                 planned.add(key)
+                for node, origin in origins.items():
+                    node.meta["grapharg"] = origin
                 self._plan(gm, [parameters.get(place, example) for place, example in enumerate(example_inputs)])
             return gm.forward(*args)
 
@@ -89,6 +96,7 @@ class _Session:
             analysis = analyse(gm, inputs, self._options, self._target, DebugFolder())
             self.report.plan.sites += analysis.choices
             self._note(analysis.reasons)
+            settle(gm, analysis.expansions)
         except Exception as error:  # noqa: BLE001 -- logged with its traceback
             log.warning("a graph would run dense: its analysis failed", exc_info=True)
             self._note([f"a graph would run dense: its analysis failed with {type(error).__name__}: {error}"])

@@ -28,13 +28,14 @@ assert set(_APPLY) == set(ACTIVATIONS)
 
 class FakeKernel(Kernel):
     def __init__(self, weight: Tensor, error: float = 0.0) -> None:
-        self.weight = weight.clone()
+        self.weight = weight.detach().float()  # kernels take float32, whatever the weight is stored in
         self.nbytes = int(weight.count_nonzero()) * 8
         self.error = error
         self.runs = 0
 
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, out: Tensor) -> None:
         self.runs += 1
+        assert x.dtype == out.dtype == torch.float32
         value = _APPLY[activation](functional.linear(x, self.weight, bias)) * (1 + self.error)
         out.copy_(value if residual is None else value + residual)
 

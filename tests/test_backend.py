@@ -9,6 +9,7 @@ import torch
 from fakes import Block, FakeTarget, compile_model, pruned, same
 from torch import Tensor, nn
 
+import sparsecomp
 from sparsecomp import Pattern, Plan
 from sparsecomp.backend import Compilation, compilations
 from sparsecomp.planner import SiteChoice
@@ -144,6 +145,20 @@ class TestCompiling:
         x = torch.randn(4, 32)
         same(compile_model(model)(x), model(x))
         assert last().rewritten == ["up", "down"]
+
+    @pytest.mark.parametrize("sparse", [True, False])
+    def test_encoder_layers_of_torch(self, sparse: bool) -> None:
+        """Without gradients each is one operation to Dynamo, which is taken apart only where something inside wins."""
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        if sparse:
+            sparsecomp.sparsify_(model, "unstructured@0.9", filter_fn=lambda _, name: "layers.1.linear" in name)
+        x = torch.randn(2, 5, 32)
+        same(compile_model(model)(x), model(x))
+        assert last().rewritten == (["layers.1.linear1", "layers.1.linear2"] if sparse else [])
+        report = sparsecomp.explain(model, x, options={"target": FakeTarget()})
+        assert len(report) == 8
+        assert [choice.name for choice in report.rewritten] == last().rewritten
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
     def test_types(self, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -119,15 +120,20 @@ class TestModes:
         models = [pruned(Block()) for _ in range(2)]
         if shared:
             models[1] = models[0]
-        compiled = [compile_model(model, FakeTarget()) for model in models]
+        target = FakeTarget()  # equal options, without which Dynamo would not share the graph
+        compiled = [compile_model(model, target) for model in models]
         failures: list[BaseException] = []
         barrier = threading.Barrier(2)
+
+        # Switch as often as possible: a thread must not see the weights of the other.
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
 
         def work(index: int) -> None:
             try:
                 barrier.wait()
                 with torch.no_grad():
-                    for step in range(60):
+                    for step in range(300):
                         x = torch.randn(1 + step % 3, 32)
                         same(compiled[index](x), models[index](x))
             except BaseException as error:  # noqa: BLE001 -- told to the main thread
@@ -138,6 +144,7 @@ class TestModes:
             thread.start()
         for thread in threads:
             thread.join()
+        sys.setswitchinterval(interval)
         assert not failures, failures
 
     @pytest.mark.usefixtures("no_grad")

@@ -23,21 +23,31 @@ SCRATCH_FLOATS = 16
 
 @dataclass(frozen=True)
 class PanelSchedule:
-    """Register tile of a panel of `v` rows: `tokens` x `vectors` vectors of `lanes` outputs."""
+    """Register tile of a panel of `v` rows: `tokens` x `vectors` vectors of `lanes` outputs.
+
+    `width` is the stored part of a panel whose values lie together, so that a register tile reads whole cache lines.
+    """
 
     v: int
     lanes: int
     vectors: int
     tokens: int
+    width: int
 
     def __post_init__(self) -> None:
-        if self.v % (self.lanes * self.vectors):
-            raise ValueError(f"a panel of {self.v} rows is no multiple of {self.vectors} vectors of {self.lanes} lanes")
+        for whole, part in ((self.v, self.width), (self.width, self.lanes), (self.v, self.lanes * self.vectors)):
+            if whole % part:
+                raise ValueError(f"{self} does not divide evenly: {whole} is no multiple of {part}")
 
 
-def weights(packed: PanelWeight) -> list[npt.NDArray[np.generic]]:
-    """The arrays that the kernel takes as `w0`..`w2`."""
-    return [packed.values.numpy(), packed.cols.numpy(), packed.ptr.numpy()]
+def weights(packed: PanelWeight, width: int) -> list[npt.NDArray[np.generic]]:
+    """The arrays that the kernel takes as `w0`..`w2`; the values of a panel by parts of `width` rows."""
+    values = packed.values.numpy()
+    parts = packed.v // width
+    if parts > 1:
+        panels = np.split(values, packed.ptr.numpy()[1:-1])
+        values = np.concatenate([panel.reshape(-1, parts, width).transpose(1, 0, 2).reshape(-1) for panel in panels])
+    return [values, packed.cols.numpy(), packed.ptr.numpy()]
 
 
 def build(schedule: PanelSchedule, epilogue: Epilogue) -> tir.Expr:
@@ -83,10 +93,15 @@ def _tile(
         tir.store(total, slot, tir.const(0.0, lanes=lanes), lanes)
     # Tokens past the end repeat the last one and are not stored.
     sources = [tir.bind(tir.minimum(token + t, tokens - 1) * inputs) for t in range(schedule.tokens)]
+    # Vector v of the tile lies in the stored part `lane / width` of the panel.
+    stored = [(lane0 + v * lanes, tir.floor_div(lane0 + v * lanes, schedule.width)) for v in range(vectors)]
+    starts = [
+        tir.bind(begin * schedule.v + (end - begin) * part * schedule.width + (lane - part * schedule.width))
+        for lane, part in stored
+    ]
     with tir.loop(end - begin) as step:
-        at = tir.bind(begin + step)
-        column = tir.bind(args["w1"][at])
-        weight = [tir.bind(tir.load(args["w0"], at * schedule.v + lane0 + v * lanes, lanes)) for v in range(vectors)]
+        column = tir.bind(args["w1"][begin + step])
+        weight = [tir.bind(tir.load(args["w0"], starts[v] + step * schedule.width, lanes)) for v in range(vectors)]
         for t in range(schedule.tokens):
             activation = tir.bind(tir.splat(args["x"][sources[t] + column], lanes))
             for v in range(vectors):

@@ -192,12 +192,23 @@ def llvm_call(dtype: str, intrinsic: str, *args: Expr) -> Expr:
     return _tirx().call_llvm_pure_intrin(dtype, intrinsic, *args)
 
 
+def _address_of(buffer: Expr, index: Expr) -> Expr:
+    return _tirx().address_of(buffer[index])
+
+
 # -- statements -------------------------------------------------------------------------------------------------------
 
 
 def loop(extent: Expr | int) -> Any:
     """``with loop(n) as i``."""
     return _script().serial(extent)
+
+
+def prefetch(buffer: Expr, index: Expr) -> None:
+    """Ask for the cache line of an entry, to be read once (LLVM's `prefetch` for reading, low locality)."""
+    hints = [const(value, "int32") for value in (0, 2, 1)]
+    call = _tirx().call_llvm_intrin("void", "llvm.prefetch.p0", _address_of(buffer, index), *hints)
+    _script().evaluate(call)
 
 
 @contextmanager
@@ -253,19 +264,13 @@ def transpose(vectors: Sequence[Expr]) -> list[Expr]:
 def lower(function: Expr, name: str, target: dict[str, Any]) -> tuple[Any, Any]:
     """TIR passes up to (not including) code generation; returns the module and the TVM target.
 
-    Kernels are written in vectors and unrolled already, so the few passes that code generation needs are enough.
+    Kernels are written in vectors, unrolled, and over flat buffers, so code generation needs almost nothing more; TVM's
+    simplifier would only rewrite index arithmetic that was laid out for the addressing modes.
     """
     tvm_target = _tvm().target.Target(target)
     tvm_target = tvm_target.with_host(tvm_target)
     module = _tvm().IRModule({name: function})
-    passes = _tirx().transform
-    for step in (
-        passes.BindTarget(tvm_target),
-        passes.FlattenBuffer(),
-        # Also folds the zero offsets of flattened buffers: else vector indices are no ramps and are loaded lane by lane.
-        passes.StmtSimplify(),
-        passes.LowerIntrin(),
-    ):
+    for step in (_tirx().transform.BindTarget(tvm_target), _tirx().transform.LowerIntrin()):
         module = step(module)
     return _tvm().IRModule({name: module[name].with_attr("global_symbol", name)}), tvm_target
 

@@ -48,7 +48,7 @@ def measure(
     with _disable_current_modes(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(problem.tokens, weight.shape[1], generator=generator).to(problem.dtype)
-        out = torch.empty(problem.tokens, weight.shape[0], dtype=problem.dtype)
+        out = torch.empty(problem.tokens, weight.shape[0])
         weight = weight.detach()
         calls: dict[Candidate, Callable[[], object]] = {DENSE: lambda: functional.linear(x, weight)}
         for candidate in candidates:
@@ -60,7 +60,12 @@ def measure(
 
 
 def _call(kernel: Kernel, x: Tensor, out: Tensor) -> Callable[[], object]:
-    return lambda: kernel.run(x, None, None, "none", out)
+    def call() -> object:
+        # As the run time does it: kernels take float32, other types are widened before and narrowed after.
+        kernel.run(x.float(), None, None, "none", out)
+        return out.to(x.dtype)
+
+    return call
 
 
 def _interleaved(calls: dict[Candidate, Callable[[], object]], rounds: int, budget_s: float) -> dict[Candidate, float]:

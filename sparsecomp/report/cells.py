@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparsecomp.planner import SiteChoice
+from sparsecomp.targets.base import Candidate
 
 HEADERS = ("layer", "shape", "tokens", "density", "satisfies", "us", "chosen", "MB", "reason")
 """Columns of the full form."""
@@ -67,9 +68,17 @@ def costs(choice: SiteChoice) -> list[str]:
     """What the candidates cost in microseconds: dense first, then the cheapest; `m` marks a measurement."""
     ranked = sorted(choice.predictions, key=lambda item: (not item.candidate.is_dense, item.cost))
     shown = ranked[: SHOWN + 1]
-    texts = [f"{item.candidate} {item.cost:.0f}{' m' if item.measured_us is not None else ''}" for item in shown]
+    texts = [
+        f"{_label(item.candidate)} {item.cost:.0f}{' m' if item.measured_us is not None else ''}" for item in shown
+    ]
     more = len(ranked) - len(shown)
     return [*texts, f"{more} more"] if more else texts
+
+
+def _label(candidate: Candidate) -> str:
+    """A candidate with its parameters, which tell the variants of one kernel apart."""
+    params = " ".join(f"{name}={value}" for name, value in candidate.params)
+    return f"{candidate} {params}" if params else str(candidate)
 
 
 def pattern_text(pattern: str) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 import sparsecomp
@@ -124,41 +123,48 @@ def _aligned(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     return copy
 
 
-def launch(
-    function: ctypes.c_void_p,
-    weights: Weights,
-    x: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    out: Tensor,
-    dims: Sequence[int],
-    items: int,
-    scratch_floats: int,
-) -> None:
-    """Run a kernel over its items on `torch.get_num_threads()` threads.
+class Launch:
+    """One way to call a kernel, with everything made ready that does not change from call to call."""
 
-    Args:
-        function: from `function_of`.
-        weights: packed.
-        x, bias, residual, out: contiguous float32 tensors on the CPU.
-        dims: the sizes that the kernel reads.
-        items: work items, split evenly over the threads.
-        scratch_floats: scratch of one thread.
+    def __init__(
+        self,
+        function: ctypes.c_void_p,
+        weights: Weights,
+        dims: Sequence[int],
+        items: int,
+        threads: int,
+        scratch_floats: int,
+    ) -> None:
+        """Make it.
 
-    Raises:
-        MemoryError: scratch could not be allocated.
-    """
-    failed = _launcher()(
-        function,
-        x.data_ptr(),
-        bias.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        out.data_ptr(),
-        weights.pointers,
-        (ctypes.c_int32 * len(dims))(*dims),
-        items,
-        torch.get_num_threads(),
-        4 * scratch_floats,
-    )
-    if failed:
-        raise MemoryError(f"no memory for {4 * scratch_floats} bytes of scratch per thread")
+        Args:
+            function: from `function_of`.
+            weights: packed.
+            dims: the sizes that the kernel reads.
+            items: work items, split evenly over the threads.
+            threads: at most this many.
+            scratch_floats: scratch of one thread.
+        """
+        self._entry = _launcher()
+        self._function, self._weights = function, weights
+        self._dims = (ctypes.c_int32 * len(dims))(*dims)
+        self._numbers = (items, threads, 4 * scratch_floats)
+
+    def run(self, x: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor) -> None:
+        """Run the kernel; all tensors are contiguous, float32 and on the CPU.
+
+        Raises:
+            MemoryError: scratch could not be allocated.
+        """
+        failed = self._entry(
+            self._function,
+            x.data_ptr(),
+            bias.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            self._weights.pointers,
+            self._dims,
+            *self._numbers,
+        )
+        if failed:
+            raise MemoryError(f"no memory for {self._numbers[2]} bytes of scratch per thread")

@@ -10,8 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsecomp.log import log
+from sparsecomp.runtime.facts import facts_of
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Target, WeightFacts
 
 Chooser = Callable[[WeightFacts, int], Candidate]
@@ -22,10 +24,29 @@ _sites: weakref.WeakValueDictionary[int, RuntimeSite] = weakref.WeakValueDiction
 _MAX_CHOICES = 4096
 
 
+class _Packed:
+    """One weight as a site uses it: its facts, and its kernels by candidate and by number of tokens."""
+
+    def __init__(self, weight: Tensor, transposed: bool) -> None:
+        self.weight = weakref.ref(weight)
+        self.stamp = _stamp(weight)
+        self.matrix = weight.detach().t() if transposed else weight.detach()
+        self.facts = facts_of(weight, transposed)
+        self.kernels: dict[Candidate, Kernel] = {}
+        self.choices: dict[int, Kernel | None] = {}
+
+    def is_current(self, weight: Tensor) -> bool:
+        """Whether this is that weight, unchanged."""
+        return self.weight() is weight and self.stamp == _stamp(weight)
+
+
 class RuntimeSite:
     """A linear whose weight is constant but for changes in place.
 
-    The op looks it up by its handle in a weak table, so whoever compiled the graph keeps it alive.
+    The op looks it up by its handle in a weak table, so whoever compiled the graph keeps it alive. Dynamo runs one
+    compiled graph for all modules of a class (layers compiled one by one, copies of a model), perhaps at once in
+    several threads: so a site keeps a packed form for every living weight that it has seen, and each thread has its
+    own current one.
 
     Attributes:
         handle: of the op `sparsecomp::linear`.
@@ -50,62 +71,61 @@ class RuntimeSite:
         self._chooser = chooser
         self._activation = activation
         self._lock = threading.Lock()
-        self._load(weight)
+        self._packed = WeakIdKeyDictionary()
+        self._here = threading.local()
+        self.refresh(weight)
         self.handle = next(_handles)
         _sites[self.handle] = self
 
-    def _load(self, weight: Tensor) -> None:
-        self._weight = weakref.ref(weight)
-        self._stamp = _stamp(weight)
-        self._matrix = weight.detach().t() if self._transposed else weight.detach()
-        self._facts = WeightFacts.of(self._matrix)
-        self._kernels: dict[Candidate, Kernel] = {}
-        self._choices: dict[int, Kernel | None] = {}
-        self._zero_bias: Tensor | None = None
-
     def refresh(self, weight: Tensor) -> None:
-        """Pack anew if the weight is another tensor or was changed in place; costs two comparisons if not."""
-        if self._weight() is weight and self._stamp == _stamp(weight):
+        """Make a weight the current one of this thread; packs if it is new or was changed in place."""
+        packed: _Packed | None = getattr(self._here, "packed", None)
+        if packed is not None and packed.is_current(weight):
             return
         with self._lock, torch.no_grad():
-            if self._weight() is weight and self._stamp == _stamp(weight):
-                return  # another thread was faster
-            log.info("site %s: the weight changed, it is packed anew", self.name)
-            self._load(weight)
+            packed = self._packed.get(weight)
+            if packed is None or not packed.is_current(weight):
+                if packed is not None:
+                    log.info("site %s: the weight changed, it is packed anew", self.name)
+                packed = self._packed[weight] = _Packed(weight, self._transposed)
+        self._here.packed = packed
 
-    def prepare(self, tokens: int) -> None:
-        """Pack and build for a number of tokens now.
+    def prepare(self, tokens: int, residual: bool) -> None:
+        """Pack and build now what a call with this many tokens needs.
 
         Raises:
             BuildError: a kernel could not be built here.
         """
-        with self._lock:
-            self._choose(tokens)
+        kernel = self._kernel(self._here.packed, tokens)
+        if kernel is not None:
+            kernel.build(tokens, self._activation, residual)
 
-    def _choose(self, tokens: int) -> Kernel | None:
-        candidate = self._chooser(self._facts, tokens)
-        kernel = None
-        if not candidate.is_dense:
-            kernel = self._kernels.get(candidate)
-            if kernel is None:
-                kernel = self._kernels[candidate] = self._target.prepare(candidate, self._matrix)
-        if len(self._choices) >= _MAX_CHOICES:
-            self._choices.clear()
-        self._choices[tokens] = kernel
-        return kernel
+    def _kernel(self, packed: _Packed, tokens: int) -> Kernel | None:
+        try:
+            return packed.choices[tokens]
+        except KeyError:
+            pass
+        with self._lock:
+            candidate = self._chooser(packed.facts, tokens)
+            kernel = None
+            if not candidate.is_dense:
+                kernel = packed.kernels.get(candidate)
+                if kernel is None:
+                    kernel = packed.kernels[candidate] = self._target.prepare(candidate, packed.matrix)
+            if len(packed.choices) >= _MAX_CHOICES:
+                packed.choices.clear()
+            packed.choices[tokens] = kernel
+            return kernel
 
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """`activation(x @ W.T + bias) + residual` for x of `[..., I]`; the result is contiguous, of x's type."""
-        outputs, inputs = self._facts.out_features, self._facts.in_features
+        packed: _Packed = self._here.packed
+        outputs, inputs = packed.facts.out_features, packed.facts.in_features
         shape = (*x.shape[:-1], outputs)
         tokens = x.numel() // inputs if inputs else 0
-        try:
-            kernel = self._choices[tokens]
-        except KeyError:
-            with self._lock:
-                kernel = self._choose(tokens)
-        if kernel is None or tokens == 0:
-            return self._dense(x, bias, residual)
+        kernel = self._kernel(packed, tokens) if tokens else None
+        if kernel is None:
+            return self._dense(packed.matrix, x, bias, residual)
         flat = x.reshape(tokens, inputs)
         if flat.dtype != torch.float32:
             flat = flat.float()
@@ -116,26 +136,29 @@ class RuntimeSite:
         kernel.run(flat.contiguous(), bias, residual, self._activation, out)
         return out.reshape(shape).to(x.dtype)
 
-    def _dense(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        value = _ACTIVATIONS[self._activation](functional.linear(x, self._matrix, bias))
+    def _dense(self, matrix: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        value = _ACTIVATIONS[self._activation](functional.linear(x, matrix, bias))
         value = value if residual is None else value + residual
         return value.contiguous()
 
     @property
     def facts(self) -> WeightFacts:
-        """Of the weight as it is packed now."""
-        return self._facts
+        """Of the current weight of this thread."""
+        packed: _Packed = self._here.packed
+        return packed.facts
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weights; of the dense one where only dense is used."""
-        packed = sum(kernel.nbytes for kernel in self._kernels.values())
-        return packed or self._matrix.numel() * self._matrix.element_size()
+        """Bytes of the packed forms of the current weight; of the dense one where only dense is used."""
+        packed: _Packed = self._here.packed
+        taken = sum(kernel.nbytes for kernel in packed.kernels.values())
+        return taken or packed.matrix.numel() * packed.matrix.element_size()
 
     @property
     def source(self) -> str:
-        """The generated code of its kernels, for people."""
-        return "\n".join(f"; {candidate}\n{kernel.source}" for candidate, kernel in self._kernels.items()) or str(DENSE)
+        """The generated code of the kernels of the current weight, for people."""
+        kernels = self._here.packed.kernels
+        return "\n".join(f"; {candidate}\n{kernel.source}" for candidate, kernel in kernels.items()) or str(DENSE)
 
 
 def _stamp(weight: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.kernels import peak
-from sparsecomp.runtime.launch import KernelSource, Weights, function_of, launch
+from sparsecomp.runtime.launch import KernelSource, Launch, Weights, function_of
 from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import calibration, cost
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, level
@@ -67,13 +67,13 @@ def measure_fma_peak(level_name: str | None = None, seconds: float = 0.3) -> flo
     """GFLOP/s of float32 multiply-adds on one thread: the best of several runs of `kernels.peak`."""
     machine = level(level_name or best_level())
     source = KernelSource("peak", repr(machine.lanes), lambda: peak.build(machine.lanes), machine.tvm_target)
-    function, none = function_of(source), Weights([])
     rounds = 200_000
+    call = Launch(function_of(source), Weights([]), [rounds], 1, 1, 16)
     x, bias, out = torch.tensor([0.5, 1.0]), torch.zeros(1), torch.empty(machine.lanes)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        launch(function, none, x, bias, None, out, [rounds], 1, 16)
+        call.run(x, bias, None, out)
         best = min(best, time.perf_counter() - start)
     return peak.flops(machine.lanes, rounds) / best / 1e9
 

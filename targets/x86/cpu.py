@@ -65,7 +65,7 @@ def level(name: str) -> Level:
     entry = facts()["levels"][name]
     return Level(
         name=name,
-        mcpu=entry["mcpu"],
+        mcpu=entry["tuned"].get(_cpuinfo().get("vendor_id", ""), entry["mcpu"]),
         mattr=tuple(entry["mattr"]),
         lanes=entry["lanes"],
         vectors=entry["vectors"],

@@ -16,10 +16,13 @@ from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns import PanelWeight
 from sparsecomp.patterns.gathered import GatherWeight, MaskWeight
 from sparsecomp.patterns.rows import RowWeight
-from sparsecomp.runtime.launch import KernelSource, Weights, assembly_of, function_of, launch
+from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, function_of
 from sparsecomp.targets.base import Kernel
 from sparsecomp.targets.x86 import schedules
 from sparsecomp.targets.x86.cpu import Level, caches
+
+# Calls that are remembered; a stream of ever new lengths must not grow without bound.
+_MAX_CALLS = 1024
 
 _MASK_SPREADS: dict[str, gathered.MaskSchedule] = {
     "pshufb": gathered.MaskSchedule("pshufb"),
@@ -37,6 +40,7 @@ class X86Kernel(Kernel):
         self._shape = shape
         self._weights = Weights(arrays)
         self._no_bias = torch.zeros(shape[0])
+        self._calls: dict[tuple[int, int, str, bool], Launch] = {}
         self._variants: dict[tuple[int, Epilogue], tuple[KernelSource, Any]] = {}
         self.nbytes = self._weights.nbytes
 
@@ -54,9 +58,17 @@ class X86Kernel(Kernel):
 
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, out: Tensor) -> None:
         """See `Kernel.run`."""
-        variant, dims, items, scratch = self._cut(x.shape[0], torch.get_num_threads())
-        function = self._function(variant, Epilogue(activation, residual is not None))
-        launch(function, self._weights, x, self._no_bias if bias is None else bias, residual, out, dims, items, scratch)
+        threads = torch.get_num_threads()
+        key = (x.shape[0], threads, activation, residual is not None)
+        call = self._calls.get(key)
+        if call is None:
+            variant, dims, items, scratch = self._cut(x.shape[0], threads)
+            function = self._function(variant, Epilogue(activation, residual is not None))
+            call = Launch(function, self._weights, dims, items, threads, scratch)
+            if len(self._calls) >= _MAX_CALLS:
+                self._calls.clear()
+            self._calls[key] = call
+        call.run(x, self._no_bias if bias is None else bias, residual, out)
 
     def build(self, tokens: int, activation: str, residual: bool) -> None:
         """See `Kernel.build`."""
@@ -92,8 +104,10 @@ class RowsKernel(X86Kernel):
     def _cut(self, tokens: int, threads: int) -> tuple[int, list[int], int, int]:
         outputs, inputs = self._shape
         call = schedules.row_call(self._level, tokens, self._shape, threads)
-        scratch = rows.scratch_floats(inputs, self._chunk, call.variant * self._level.lanes)
-        return call.variant, [tokens, inputs, outputs, self._block, self._chunk, call.splits], call.items, scratch
+        tile = call.variant * self._level.lanes
+        blocks = -(-inputs // self._block)
+        dims = [tokens, inputs, outputs, blocks, self._block * tile, self._chunk, call.splits]
+        return call.variant, dims, call.items, rows.scratch_floats(inputs, self._chunk, tile)
 
     def _schedule(self, variant: int) -> rows.RowSchedule:
         return rows.RowSchedule(self._level.lanes, variant)
@@ -110,7 +124,7 @@ class PanelKernel(X86Kernel):
     def __init__(self, level: Level, weight: Tensor, v: int) -> None:
         packed = PanelWeight.pack(weight.detach().float(), v, signed_zeros=False)
         self._v = v
-        super().__init__(level, packed.shape, panel.weights(packed))
+        super().__init__(level, packed.shape, panel.weights(packed, schedules.panel_width(level, v)))
 
     def _cut(self, tokens: int, threads: int) -> tuple[int, list[int], int, int]:
         outputs, inputs = self._shape

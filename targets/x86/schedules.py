@@ -81,13 +81,17 @@ def panel_schedule(level: Level, v: int, tokens: int) -> PanelSchedule:
     """The register tile for panels of `v` rows with `tokens` tokens; with one token all of the panel at once."""
     lanes = min(level.lanes, v)
     vectors = v // lanes if tokens == 1 else min(2, v // lanes)
-    return PanelSchedule(v, lanes, vectors, tokens)
+    return PanelSchedule(v, lanes, vectors, tokens, panel_width(level, v))
+
+
+def panel_width(level: Level, v: int) -> int:
+    """Rows of a panel whose values are stored together: those of the register tile with several tokens."""
+    return min(2 * level.lanes, v)
 
 
 def panel_call(level: Level, v: int, tokens: int, shape: tuple[int, int], threads: int) -> Call:
     """The register tile with the least work, and groups of tokens, or splits of the panels, for every thread."""
-    widest = level.panel_tokens * (2 if v <= level.lanes else 1)
-    tile = min((1, 2, 4, widest), key=lambda t: (math.ceil(tokens / t) * (t + PANEL_STEP_COST), -t))
+    tile = min((1, 2, 4, level.panel_tokens), key=lambda t: (math.ceil(tokens / t) * (t + PANEL_STEP_COST), -t))
     tiles = math.ceil(tokens / tile)
     groups = max(1, math.ceil(tokens / GROUP_TOKENS))
     if groups > 1:
@@ -97,7 +101,3 @@ def panel_call(level: Level, v: int, tokens: int, shape: tuple[int, int], thread
     splits = 1 if groups >= threads else min(threads, max(1, math.ceil(shape[0] / v)))
     return Call(tile, tiles, splits, group, groups * splits)
 
-
-def row_split(outputs: int, threads: int) -> Call:
-    """The kernels for one token: every row of the weight is an item."""
-    return Call(0, 1, 1, 0, max(1, outputs))
