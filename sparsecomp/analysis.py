@@ -67,7 +67,7 @@ class SiteChooser:
 
 
 class StaysDense:
-    """Whether the choice for a weight is still dense; a guard asks this at every call, so it is quick for known weights.
+    """Whether the choice for a weight is still dense; a guard asks at every call, so it is quick for known weights.
 
     Args:
         site: that was left dense; its own weight counts as known.
@@ -77,7 +77,8 @@ class StaysDense:
     def __init__(self, site: LinearSite, chooser: SiteChooser) -> None:
         self._transposed, self._tokens, self._chooser = site.transposed, site.tokens, chooser
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._remember(site.weight)
+        if site.weight is not None:
+            self._remember(site.weight)
 
     def _remember(self, weight: Tensor) -> None:
         # An id may be used again after its tensor died: the reference tells.

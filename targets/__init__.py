@@ -24,6 +24,6 @@ def get_target(name: str | None = None) -> Target:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown target {name!r}: {hint}The targets are {', '.join(TARGET_NAMES)}")
     # Imported on demand: a target brings its kernels and the code generator with it.
-    from sparsecomp.targets import x86
+    from sparsecomp.targets.x86.target import create
 
-    return x86.create(name)
+    return create(name)

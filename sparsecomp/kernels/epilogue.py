@@ -16,9 +16,9 @@ from sparsecomp.kernels.tir import Expr
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
-# The normal distribution function as 1/2 + z P(t), with z = x clipped to [-5, 5] and t = 2 z^2 / 25 - 1. P is the minimax
-# polynomial of degree 12, by iteratively reweighted least squares on Chebyshev nodes; in t, not in z^2, so that float32
-# keeps its digits. |error| <= 2.9e-7, half of which is the clipped tail.
+# The normal distribution function as 1/2 + z P(t), with z = x clipped to [-5, 5] and t = 2 z^2 / 25 - 1. P is the
+# minimax polynomial of degree 12, by iteratively reweighted least squares on Chebyshev nodes; in t, not in z^2, so that
+# float32 keeps its digits. |error| <= 2.9e-7, half of which is the clipped tail.
 _NORMAL_BOUND = 5.0
 _NORMAL = (
     0.14136378760112084,
@@ -94,7 +94,7 @@ def activate(activation: str, v: Expr, lanes: int) -> Expr:
 
 
 def _exp(v: Expr, lanes: int) -> Expr:
-    """exp as 2^n times the Taylor polynomial of 2^f on |f| <= 1/2 (degree 6: relative error below 2e-7)."""
+    """Exp as 2^n times the Taylor polynomial of 2^f on |f| <= 1/2 (degree 6: relative error below 2e-7)."""
     scaled = tir.bind(v * tir.const(math.log2(math.e), lanes=lanes))
     # Bounds of the exponent of a normal float32; NaN passes through the polynomial.
     scaled = tir.bind(tir.minimum(tir.maximum(scaled, tir.const(-126.0, lanes=lanes)), tir.const(126.0, lanes=lanes)))
@@ -105,9 +105,7 @@ def _exp(v: Expr, lanes: int) -> Expr:
     series = tir.const(math.log(2) ** 6 / math.factorial(6), lanes=lanes)
     for k in range(5, -1, -1):
         series = series * f + tir.const(math.log(2) ** k / math.factorial(k), lanes=lanes)
-    power = tir.reinterpret(
-        f"float32{suffix}", (n + tir.const(127, "int32", lanes)) << tir.const(23, "int32", lanes)
-    )
+    power = tir.reinterpret(f"float32{suffix}", (n + tir.const(127, "int32", lanes)) << tir.const(23, "int32", lanes))
     return series * power
 
 

@@ -6,6 +6,7 @@ holds `tokens` x `vectors` sums; panels wider than that are taken in parts.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,7 +138,7 @@ def reference(
     outputs = packed.shape[0]
     columns, values, ptr = packed.cols.numpy(), packed.values.numpy(), packed.ptr.numpy()
     total = np.zeros((x.shape[0], outputs), np.float64)
-    for panel, (begin, end) in enumerate(zip(ptr[:-1], ptr[1:], strict=True)):
+    for panel, (begin, end) in enumerate(itertools.pairwise(ptr)):
         rows = slice(panel * packed.v, min((panel + 1) * packed.v, outputs))
         sums = x[:, columns[begin:end]].astype(np.float64) @ values[begin:end]
         total[:, rows] = sums[:, : rows.stop - rows.start]

@@ -1,8 +1,8 @@
 """The row kernel: weights whose rows are each their own, with the tokens in the vector lanes.
 
 A tile of tokens is transposed to feature-major scratch, so that every kept weight is one broadcast times contiguous
-loads. Columns come in blocks that keep the touched part of the tile in the L1 cache; the sums of a chunk of rows wait in
-scratch between blocks and are transposed back, with the epilogue, when the chunk is done. See
+loads. Columns come in blocks that keep the touched part of the tile in the L1 cache; the sums of a chunk of rows wait
+in scratch between blocks and are transposed back, with the epilogue, when the chunk is done. See
 `sparsecomp.patterns.rows` for the pairs of rows that share loads.
 """
 
@@ -75,7 +75,9 @@ def build(schedule: RowSchedule, epilogue: Epilogue) -> tir.Expr:
     return builder.function
 
 
-def _gather_tile(args: tir.Arguments, schedule: RowSchedule, token: tir.Expr, tokens: tir.Expr, inputs: tir.Expr) -> None:
+def _gather_tile(
+    args: tir.Arguments, schedule: RowSchedule, token: tir.Expr, tokens: tir.Expr, inputs: tir.Expr
+) -> None:
     """Transpose x[token : token + tile] into scratch; tokens past the end repeat the last, and are never stored."""
     lanes, tile, x, scratch = schedule.lanes, schedule.tile, args["x"], args["scratch"]
     per_line = max(1, _CACHE_LINE // lanes)
@@ -158,16 +160,19 @@ def _store_chunk(
     per_line = max(1, _CACHE_LINE // lanes)
     full = tir.bind(tir.floor_div(rows, lanes))
     # Whole cache lines of y are written at a time: its rows often lie a multiple of 4 KB apart and evict each other.
-    with tir.loop(tir.ceil_div(full, per_line)) as line, tir.loop(schedule.vectors) as v:
-        with tir.loop(tir.minimum(per_line, full - line * per_line)) as part:
-            o = tir.bind((line * per_line + part) * lanes)
-            bias = tir.bind(tir.load(args["bias"], row + o, lanes))
-            square = [tir.bind(tir.load(scratch, sums + (o + i) * tile + v * lanes, lanes)) for i in range(lanes)]
-            for i, vector in enumerate(tir.transpose(square)):
-                t = tir.bind(token + v * lanes + i)
-                with tir.when(t < tokens):
-                    at = tir.bind(t * outputs + row + o)
-                    tir.store(args["y"], at, epilogue.apply(args, vector, bias, at, lanes), lanes)
+    with (
+        tir.loop(tir.ceil_div(full, per_line)) as line,
+        tir.loop(schedule.vectors) as v,
+        tir.loop(tir.minimum(per_line, full - line * per_line)) as part,
+    ):
+        o = tir.bind((line * per_line + part) * lanes)
+        bias = tir.bind(tir.load(args["bias"], row + o, lanes))
+        square = [tir.bind(tir.load(scratch, sums + (o + i) * tile + v * lanes, lanes)) for i in range(lanes)]
+        for i, vector in enumerate(tir.transpose(square)):
+            t = tir.bind(token + v * lanes + i)
+            with tir.when(t < tokens):
+                at = tir.bind(t * outputs + row + o)
+                tir.store(args["y"], at, epilogue.apply(args, vector, bias, at, lanes), lanes)
     with tir.loop(rows - full * lanes) as rest, tir.loop(tir.minimum(tile, tokens - token)) as t:
         o = tir.bind(full * lanes + rest)
         at = tir.bind((token + t) * outputs + row + o)

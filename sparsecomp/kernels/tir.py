@@ -3,8 +3,8 @@
 Kernels are written with TVM's IR builder rather than with TVMScript, because they are families: the number of vectors,
 rows and tokens in registers, and the lanes of a vector, are Python numbers when a kernel is built.
 
-TVM's usual calling convention passes packed arguments and needs its run time. A function that never gets a
-``global_symbol`` before ``MakePackedAPI`` keeps its plain C signature instead, so the objects built here depend on nothing.
+TVM's usual calling convention passes packed arguments and needs its run time. A function that is not put
+through ``MakePackedAPI`` keeps its plain C signature instead, so the objects built here depend on nothing.
 
 TVM is imported by the first function that needs it: a start with a warm kernel cache never does, which saves seconds.
 """
@@ -95,17 +95,17 @@ class KernelBuilder:
 
     @contextmanager
     def build(self) -> Iterator[Arguments]:
-        with _ir_builder()() as builder:
-            with _script().prim_func(private=True):
-                _script().func_name(self.name)
-                _script().func_attr({"_tirx().noalias": True})
-                handles = {name: _script().arg(name, _script().handle(dtype)) for name, dtype in self._types.items()}
-                begin, end = _script().arg("begin", _script().int32()), _script().arg("end", _script().int32())
-                buffers = {
-                    name: _script().decl_buffer((_UNBOUNDED,), self._types[name], data=handle)
-                    for name, handle in handles.items()
-                }
-                yield Arguments(buffers, begin, end)
+        """Everything that is emitted inside becomes the body of the kernel."""
+        with _ir_builder()() as builder, _script().prim_func(private=True):
+            _script().func_name(self.name)
+            _script().func_attr({"_tirx().noalias": True})
+            handles = {name: _script().arg(name, _script().handle(dtype)) for name, dtype in self._types.items()}
+            begin, end = _script().arg("begin", _script().int32()), _script().arg("end", _script().int32())
+            buffers = {
+                name: _script().decl_buffer((_UNBOUNDED,), self._types[name], data=handle)
+                for name, handle in handles.items()
+            }
+            yield Arguments(buffers, begin, end)
         self.function = builder.get()
 
 
@@ -118,43 +118,53 @@ def bind(value: Expr) -> Expr:
 
 
 def const(value: float, dtype: str = "float32", lanes: int = 1) -> Expr:
+    """A constant, in every lane."""
     scalar = _tirx().IntImm(dtype, int(value)) if "int" in dtype else _tirx().FloatImm(dtype, float(value))
     return splat(scalar, lanes)
 
 
 def splat(value: Expr, lanes: int) -> Expr:
+    """A scalar in every lane."""
     return value if lanes == 1 else _tirx().Broadcast(value, lanes)
 
 
 def load(buffer: Expr, index: Expr, lanes: int = 1) -> Expr:
+    """Consecutive entries from an index on."""
     return buffer[index] if lanes == 1 else buffer[_script().ramp(index, 1, lanes)]
 
 
 def store(buffer: Expr, index: Expr, value: Expr, lanes: int = 1) -> None:
+    """Store consecutive entries from an index on."""
     _script().buffer_store(buffer, value, [index if lanes == 1 else _script().ramp(index, 1, lanes)])
 
 
 def cast(dtype: str, value: Expr) -> Expr:
+    """Convert the value."""
     return _tirx().Cast(dtype, value)
 
 
 def reinterpret(dtype: str, value: Expr) -> Expr:
+    """Keep the bits."""
     return _tirx().reinterpret(dtype, value)
 
 
 def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+    """Lane by lane; both sides are evaluated."""
     return _tirx().Select(condition, then, otherwise)
 
 
 def maximum(a: Expr, b: Expr) -> Expr:
+    """Lane by lane."""
     return _tirx().Max(a, b)
 
 
 def minimum(a: Expr, b: Expr) -> Expr:
+    """Lane by lane."""
     return _tirx().Min(a, b)
 
 
 def popcount(value: Expr) -> Expr:
+    """Bits that are set."""
     return _tirx().popcount(value)
 
 
@@ -179,6 +189,7 @@ def vector_of(scalars: Sequence[Expr]) -> Expr:
 
 
 def lane(vector: Expr, index: int) -> Expr:
+    """One lane as a scalar."""
     return _tirx().Shuffle([vector], [_tirx().IntImm("int32", index)])
 
 
@@ -200,7 +211,7 @@ def _address_of(buffer: Expr, index: Expr) -> Expr:
 
 
 def loop(extent: Expr | int) -> Any:
-    """``with loop(n) as i``."""
+    """A serial loop, used as a context manager that gives the loop variable."""
     return _script().serial(extent)
 
 
@@ -213,6 +224,7 @@ def prefetch(buffer: Expr, index: Expr) -> None:
 
 @contextmanager
 def when(condition: Expr) -> Iterator[None]:
+    """Statements that run only if a scalar condition holds."""
     with _script().If(condition), _script().Then():
         yield
 
@@ -241,7 +253,9 @@ def transpose(vectors: Sequence[Expr]) -> list[Expr]:
                     if width == 1:
                         order = [i for q in quads for e in (0, 1) for i in (q + half + e, lanes + q + half + e)]
                     else:
-                        order = [i for q in quads for i in (q + half, q + half + 1, lanes + q + half, lanes + q + half + 1)]
+                        order = [
+                            i for q in quads for i in (q + half, q + half + 1, lanes + q + half, lanes + q + half + 1)
+                        ]
                     result.append(bind(shuffle(group[a], group[b], order)))
         rows = result
     step = 4

@@ -37,6 +37,7 @@ class GatherWeight:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the three arrays."""
         return self.values.nbytes + self.columns.nbytes + self.ptr.nbytes
 
     @classmethod
@@ -87,6 +88,7 @@ class MaskWeight:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the three arrays."""
         return self.masks.nbytes + self.values.nbytes + self.ptr.nbytes
 
     @classmethod

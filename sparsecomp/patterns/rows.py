@@ -52,10 +52,12 @@ class RowWeight:
 
     @property
     def chunks(self) -> int:
+        """Chunks of rows."""
         return -(-self.shape[0] // self.chunk)
 
     @property
     def blocks(self) -> int:
+        """Blocks of columns."""
         return -(-self.shape[1] // self.block)
 
     @property
@@ -88,7 +90,7 @@ class RowWeight:
         outputs, inputs = dense.shape
         if np.count_nonzero(dense) > 2**31 - 1:
             raise ValueError(f"the weight keeps more than {2**31 - 1} entries, which int32 cannot address")
-        builder = _Builder(block, match=np.count_nonzero(dense) < _MATCH_BELOW * max(dense.size, 1))
+        builder = _Builder(block, match=bool(np.count_nonzero(dense) < _MATCH_BELOW * max(dense.size, 1)))
         for start in range(0, outputs, chunk):
             builder.add_chunk(dense[start : start + chunk], chunk)
         return cls((outputs, inputs), chunk, block, *builder.arrays())
@@ -130,7 +132,7 @@ class RowWeight:
             count = -(-size // 2)
             first_row.append(np.full(count * self.blocks, index * self.chunk))
             first_column.append(np.repeat(np.arange(self.blocks) * self.block, count))
-        rows = np.concatenate(first_row)[:, None] + self.rows
+        rows = (np.concatenate(first_row)[:, None] + self.rows).astype(np.int64)
         return rows, np.concatenate(first_column)
 
 
@@ -233,7 +235,7 @@ def _neighbours(blocks: int, rows: int) -> npt.NDArray[np.int64]:
 
 
 def _matched(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Pairs `[blocks, rows / 2, 2]` for `kept [blocks, rows, columns]`: each next row takes the free row that shares most.
+    """Pairs `[blocks, rows / 2, 2]` for `kept [blocks, rows, columns]`: each row takes the one that shares most.
 
     A greedy matching, done for all blocks in step.
     """

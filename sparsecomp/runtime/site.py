@@ -186,7 +186,9 @@ def _linear(
 ) -> Tensor:
     found = _sites.get(site)
     if found is None:
-        raise RuntimeError(f"sparsecomp::linear was called for site {site}, which was released: compile the model again")
+        raise RuntimeError(
+            f"sparsecomp::linear was called for site {site}, which was released: compile the model again"
+        )
     return found.run(x, bias, residual)
 
 

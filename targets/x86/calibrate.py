@@ -56,7 +56,8 @@ class Result:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.cpu}, {self.level}: {self.peak:.1f} GFLOP/s float32 on one thread, {self.seconds:.0f} s, {self.path}",
+            f"{self.cpu}, {self.level}: {self.peak:.1f} GFLOP/s float32 on one thread; {self.seconds:.0f} s",
+            f"written to {self.path}",
             f"{'model':<12} points  median error of left-out points",
         ]
         lines += [f"{name:<12} {self.points[name]:>6}  {error:.0%}" for name, error in self.errors.items()]

@@ -71,7 +71,9 @@ def save(level: str, coefficients: Coefficients, when: str, notes: dict[str, Any
 def _shipped(level: str) -> Calibration:
     content = json.loads(resources.files(__package__).joinpath("prices.json").read_text())
     entry = content["levels"][level]
-    return Calibration(entry["coefficients"], f"shipped prices ({entry['origin']}); `sparsecomp calibrate` measures", False)
+    return Calibration(
+        entry["coefficients"], f"shipped prices ({entry['origin']}); `sparsecomp calibrate` measures", False
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

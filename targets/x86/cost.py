@@ -166,9 +166,7 @@ def _traffic(machine: Machine, nbytes: float, passes: float, threads: int) -> Qu
     return {"l3_bytes": moved * (1 - missing), "memory_bytes": moved * missing * (1 + 0.5 * (threads - 1))}
 
 
-_COUNTERS: dict[
-    str, tuple[Callable[[Machine, Candidate, Problem], Quantities], Callable[[Problem], str]]
-] = {
+_COUNTERS: dict[str, tuple[Callable[[Machine, Candidate, Problem], Quantities], Callable[[Problem], str]]] = {
     "rows": (_rows, lambda problem: "rows"),
     "panel": (_panel, lambda problem: "panel_one" if problem.tokens == 1 else "panel"),
     "gather": (_gather, lambda problem: "gather"),

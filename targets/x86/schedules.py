@@ -100,4 +100,3 @@ def panel_call(level: Level, v: int, tokens: int, shape: tuple[int, int], thread
     groups = math.ceil(tokens / group)
     splits = 1 if groups >= threads else min(threads, max(1, math.ceil(shape[0] / v)))
     return Call(tile, tiles, splits, group, groups * splits)
-

@@ -94,7 +94,7 @@ class X86Target(Target):
         raise ValueError(f"target {self.name} has no kernel {candidate.kernel!r}")
 
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
-        """See `Target.packed_bytes`; for the row kernel without the columns that matched rows share, which is an upper bound."""
+        """See `Target.packed_bytes`; an upper bound for the row kernel, whose matched rows share columns."""
         outputs, inputs, nonzeros = facts.out_features, facts.in_features, facts.nonzeros
         if candidate.kernel == "rows":
             packing = schedules.row_packing(self._level, (outputs, inputs), self._machine.caches.l1)
