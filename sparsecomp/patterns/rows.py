@@ -91,13 +91,15 @@ class RowWeight:
         if np.count_nonzero(dense) > 2**31 - 1:
             raise ValueError(f"the weight keeps more than {2**31 - 1} entries, which int32 cannot address")
         builder = _Builder(block, match=bool(np.count_nonzero(dense) < _MATCH_BELOW * max(dense.size, 1)))
-        for start in range(0, outputs, chunk):
+        for start in range(0, outputs if inputs else 0, chunk):
             builder.add_chunk(dense[start : start + chunk], chunk)
         return cls((outputs, inputs), chunk, block, *builder.arrays())
 
     def unpack(self) -> Tensor:
         """Return the weight `[O, I]` in float32, bit for bit as packed but for negative zeros."""
         dense = np.zeros(self.shape, np.float32)
+        if not dense.size:
+            return torch.from_numpy(dense)
         pair, row, value_at, column_at = self.entries()
         place = self._places()
         dense[place[0][pair, row], place[1][pair] + self.columns[column_at]] = self.values[value_at]
