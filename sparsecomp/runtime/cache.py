@@ -25,6 +25,7 @@ from sparsecomp.log import log
 
 CACHE_VARIABLE = "SPARSECOMP_CACHE_DIR"
 _LINK_SECONDS = 120
+_ABSENT = "it is not there"
 
 _loaded: dict[str, ctypes.CDLL] = {}
 _lock = threading.Lock()
@@ -67,7 +68,7 @@ def load_or_build(key: str, write_input: Callable[[Path], Path], flags: Sequence
             path = folder / f"{key}.so"
             reason = _unsound(path)
             if reason is not None:
-                if path.exists():
+                if reason != _ABSENT:
                     log.warning("%s is built again: %s", path, reason)
                 path = _build(key, folder, write_input, flags)
             _loaded[key] = ctypes.CDLL(str(path))
@@ -80,15 +81,17 @@ def _unsound(path: Path) -> str | None:
     for file in (path.parent, path, digest):
         try:
             status = file.lstat()
-        except FileNotFoundError:
-            return "it is not there"
+        except (FileNotFoundError, NotADirectoryError):
+            return _ABSENT if file != digest else f"{file.name} is missing"
+        except OSError as error:
+            return f"{file.name} cannot be looked at: {error.strerror}"
         if stat.S_ISLNK(status.st_mode):
             return f"{file.name} is a link"
         if status.st_uid != os.getuid():
             return f"{file.name} belongs to another user"
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return f"{file.name} can be written by other users"
-    if digest.read_text().strip() != hashlib.sha256(path.read_bytes()).hexdigest():
+    if digest.read_bytes().strip() != hashlib.sha256(path.read_bytes()).hexdigest().encode():
         return "its content is not what was written"
     return None
 

@@ -40,6 +40,33 @@ class _Packed:
         return self.weight() is weight and self.stamp == _stamp(weight)
 
 
+class _SharedKernels:
+    """Packed weights by weight, so that layers which share a weight share its packed form too."""
+
+    def __init__(self) -> None:
+        self._by_weight = WeakIdKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, packed: _Packed, target: Target, candidate: Candidate) -> Kernel:
+        """The kernel for a weight as it is now; packs where no site has done so."""
+        weight = packed.weight()
+        if weight is None:
+            return target.prepare(candidate, packed.matrix)
+        key = (id(target), packed.matrix.shape, packed.matrix.stride(), candidate)
+        with self._lock:
+            stamp, kernels = self._by_weight.get(weight, (None, {}))
+            if stamp != packed.stamp:
+                kernels = {}
+                self._by_weight[weight] = (packed.stamp, kernels)
+            if key not in kernels:
+                kernels[key] = target.prepare(candidate, packed.matrix)
+            kernel: Kernel = kernels[key]
+            return kernel
+
+
+_shared_kernels = _SharedKernels()
+
+
 class RuntimeSite:
     """A linear whose weight is constant but for changes in place.
 
@@ -111,7 +138,7 @@ class RuntimeSite:
             if not candidate.is_dense:
                 kernel = packed.kernels.get(candidate)
                 if kernel is None:
-                    kernel = packed.kernels[candidate] = self._target.prepare(candidate, packed.matrix)
+                    kernel = packed.kernels[candidate] = _shared_kernels.get(packed, self._target, candidate)
             if len(packed.choices) >= _MAX_CHOICES:
                 packed.choices.clear()
             packed.choices[tokens] = kernel

@@ -1,0 +1,142 @@
+"""The cost model: predictions that can be true, prices with the names of the quantities, and the fit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+from sparsecomp.targets.x86 import calibration, cost, cpu
+from sparsecomp.targets.x86.target import FEW_TOKENS, X86Target
+
+TARGETS = {name: X86Target(name) for name in cpu.LEVELS}  # prediction needs no such CPU
+CANDIDATES = [
+    DENSE,
+    Candidate("rows", "unstructured"),
+    Candidate("gather", "unstructured"),
+    Candidate("mask", "unstructured"),
+    *(Candidate("panel", "unstructured", (("v", v),)) for v in (8, 16, 32)),
+]
+SPARSE = CANDIDATES[1:]
+SHIPPED = {name: calibration._shipped(name).coefficients for name in cpu.LEVELS}
+
+
+def name_of(candidate: Candidate) -> str:
+    return "".join([candidate.kernel, *(str(value) for _, value in candidate.params)])
+
+
+def offered(level: str, candidate: Candidate) -> bool:
+    return candidate.kernel != "mask" or bool(cpu.level(level).spread)
+
+
+def nested(outputs: int, inputs: int, densities: tuple[float, ...]) -> list[WeightFacts]:
+    """Facts of weights that lose more and more of their entries."""
+    order = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    return [WeightFacts.of((order < density).float()) for density in densities]
+
+
+DENSITIES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.38, 0.45, 0.6, 0.8, 0.99)
+FACTS = {shape: nested(*shape, DENSITIES) for shape in ((33, 47), (768, 768), (3072, 256))}
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=name_of)
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_predictions_are_positive(level: str, candidate: Candidate) -> None:
+    if not offered(level, candidate):
+        pytest.skip(f"{level} has no {candidate.kernel} kernel")
+    for facts in (few for found in FACTS.values() for few in found):
+        for tokens in (1, 2, 8, 9, 100, 1000):
+            for threads in (1, 2, 16):
+                predicted = TARGETS[level].predict(candidate, Problem(facts, tokens, threads, "gelu", True))
+                if candidate.kernel in ("gather", "mask") and tokens > FEW_TOKENS:
+                    assert predicted == math.inf
+                else:
+                    assert 0 < predicted < math.inf
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 128])
+@pytest.mark.parametrize("candidate", SPARSE, ids=name_of)
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_more_nonzeros_never_cost_less(level: str, candidate: Candidate, tokens: int) -> None:
+    if not offered(level, candidate):
+        pytest.skip(f"{level} has no {candidate.kernel} kernel")
+    for found in FACTS.values():
+        times = [TARGETS[level].predict(candidate, Problem(facts, tokens, 1)) for facts in found]
+        assert times == sorted(times)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 128])
+def test_dense_costs_the_same_whatever_is_zero(tokens: int) -> None:
+    for found in FACTS.values():
+        assert len({TARGETS["avx2"].predict(DENSE, Problem(facts, tokens, 1)) for facts in found}) == 1
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=name_of)
+def test_what_else_a_call_does_costs_more(candidate: Candidate) -> None:
+    target, facts = TARGETS["avx2"], FACTS[768, 768][3]
+    plain = target.predict(candidate, Problem(facts, 4, 1))
+    assert target.predict(candidate, Problem(facts, 4, 1, "gelu")) > plain
+    assert target.predict(candidate, Problem(facts, 8, 1)) >= plain
+    narrow = target.predict(candidate, Problem(facts, 4, 1, dtype=torch.bfloat16))
+    assert narrow == plain if candidate.is_dense else narrow > plain
+    assert target.predict(candidate, Problem(facts, 0, 1)) == 0
+
+
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_shipped_prices_have_the_names_of_the_quantities(level: str) -> None:
+    machine = cost.Machine(cpu.level(level), cpu.caches())
+    seen = {"convert"}
+    for candidate in CANDIDATES:
+        if not offered(level, candidate):
+            continue
+        for tokens in (1, 4, 100):
+            model, counted = cost.quantities(machine, candidate, Problem(FACTS[33, 47][3], tokens, 1))
+            assert set(SHIPPED[level][model]) == set(counted), model
+            seen.add(model)
+    # A calibration has a model for each of these and is refused if it has others than the shipped prices.
+    assert set(SHIPPED[level]) == seen
+
+
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_shipped_prices_are_times(level: str) -> None:
+    for model, prices in SHIPPED[level].items():
+        assert all(math.isfinite(price) and price >= 0 for price in prices.values()), model
+        assert sum(prices.values()) > 0
+
+
+def test_what_comes_from_where() -> None:
+    machine = cost.Machine(cpu.level("avx2"), cpu.Caches(32 << 10, 1 << 20, 8 << 20))
+    assert cost._traffic(machine, 1 << 19, 3, 1) == {"l3_bytes": 0.0, "memory_bytes": 0.0}
+    assert cost._traffic(machine, 1 << 21, 3, 1) == {"l3_bytes": 3.0 * (1 << 21), "memory_bytes": 0.0}
+    far = cost._traffic(machine, 1 << 26, 3, 1)
+    assert far == {"l3_bytes": 0.0, "memory_bytes": 3.0 * (1 << 26)}
+    assert cost._traffic(machine, 1 << 26, 3, 2)["memory_bytes"] > far["memory_bytes"]
+
+
+@given(st.integers(0, 2**31), st.integers(2, 6))
+def test_the_fit_recovers_planted_prices(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    prices = np.exp(random.uniform(-8, 4, count)) * (random.random(count) < 0.8)
+    prices[0] = 2.0
+    amounts = np.exp(random.uniform(0, 12, (6 * count, count)))
+    rows = [{f"q{i}": float(amount) for i, amount in enumerate(row)} for row in amounts]
+    found = cost.fit(rows, amounts @ prices)
+    predicted = amounts @ np.array([found[f"q{i}"] for i in range(count)])
+    assert np.allclose(predicted, amounts @ prices, rtol=1e-6)
+    # A price shows as far as its quantity is a part of what was measured.
+    part = (amounts * prices / (amounts @ prices)[:, None]).max(axis=0)
+    for i in np.nonzero(part > 1e-3)[0]:
+        assert found[f"q{i}"] == pytest.approx(prices[i], rel=1e-3)
+
+
+def test_no_price_is_negative() -> None:
+    rows = [{"a": 1.0, "b": float(b), "never": 0.0} for b in range(1, 9)]
+    found = cost.fit(rows, np.array([100.0 - 5 * b for b in range(1, 9)]))
+    assert found["b"] == 0
+    assert found["a"] > 0
+    assert found["never"] == 0

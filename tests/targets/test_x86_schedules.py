@@ -1,0 +1,103 @@
+"""How calls are cut: every token and row is covered, and every thread has work where there is some."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsecomp.targets.x86 import cpu, schedules
+from sparsecomp.targets.x86.schedules import CHUNK, L1_SHARE, Call
+
+LEVELS = st.sampled_from([cpu.level(name) for name in cpu.LEVELS])
+TOKENS = st.integers(1, 3000)
+SHAPES = st.tuples(st.integers(1, 6000), st.integers(1, 70000))
+THREADS = st.integers(1, 96)
+PANELS = st.sampled_from([8, 16, 32])
+
+
+def check_call(call: Call, threads: int) -> None:
+    assert call.items >= 1
+    assert call.splits >= 1
+    assert 1 / threads <= call.share(threads) <= 1
+    assert call.share(1) == 1
+
+
+@given(LEVELS, TOKENS, SHAPES, THREADS)
+def test_row_calls(level: cpu.Level, tokens: int, shape: tuple[int, int], threads: int) -> None:
+    call = schedules.row_call(level, tokens, shape, threads)
+    check_call(call, threads)
+    tile = call.variant * level.lanes
+    assert 1 <= call.variant <= level.vectors
+    assert (call.tiles - 1) * tile < tokens <= call.tiles * tile
+    assert call.items == call.tiles * call.splits
+    assert call.splits <= min(threads, math.ceil(shape[0] / CHUNK))
+
+
+@given(LEVELS, TOKENS, SHAPES)
+def test_one_thread_never_splits(level: cpu.Level, tokens: int, shape: tuple[int, int]) -> None:
+    assert schedules.row_call(level, tokens, shape, 1).splits == 1
+    assert schedules.panel_call(level, 8, tokens, shape, 1).splits == 1
+
+
+@given(LEVELS, SHAPES, st.sampled_from([16384, 32768, 49152, 131072]))
+def test_blocks_of_rows_fit_the_first_cache(level: cpu.Level, shape: tuple[int, int], l1: int) -> None:
+    packing = schedules.row_packing(level, shape, l1)
+    assert packing["chunk"] % 2 == 0
+    assert 1 <= packing["block"] <= min(shape[1], 65536)
+    assert packing["block"] * 4 * level.lanes * level.vectors <= L1_SHARE * l1
+    blocks = math.ceil(shape[1] / packing["block"])
+    assert blocks * packing["block"] - shape[1] < max(blocks, packing["block"])
+
+
+@given(LEVELS, PANELS, TOKENS, SHAPES, THREADS)
+def test_panel_calls(level: cpu.Level, v: int, tokens: int, shape: tuple[int, int], threads: int) -> None:
+    call = schedules.panel_call(level, v, tokens, shape, threads)
+    check_call(call, threads)
+    groups = call.items // call.splits
+    assert call.items == groups * call.splits
+    assert call.group % call.variant == 0
+    assert (groups - 1) * call.group < tokens <= groups * call.group
+    assert (call.tiles - 1) * call.variant < tokens <= call.tiles * call.variant
+    assert call.splits <= max(1, math.ceil(shape[0] / v))
+    # The schedule exists: it checks that panel, stored part and register tile divide each other.
+    schedule = schedules.panel_schedule(level, v, call.variant)
+    assert schedule.tokens == call.variant
+    assert schedule.width % schedule.lanes == 0
+
+
+@pytest.mark.parametrize("name", cpu.LEVELS)
+def test_register_tiles_fit_the_registers(name: str) -> None:
+    level = cpu.level(name)
+    registers = 32 if name == "avx512" else 16
+    # Sums of both rows of a pair, a broadcast weight for each, one vector of activations.
+    assert 2 * level.vectors + 2 + 1 <= registers
+    for v in (8, 16, 32):
+        for tokens in (1, 2, 4, level.panel_tokens):
+            schedule = schedules.panel_schedule(level, v, tokens)
+            assert schedule.tokens * schedule.vectors + schedule.vectors + 1 <= registers
+
+
+@pytest.mark.parametrize("name", cpu.LEVELS)
+def test_full_tiles_take_the_widest_variant(name: str) -> None:
+    level = cpu.level(name)
+    tile = level.lanes * level.vectors
+    assert schedules.row_call(level, 4 * tile, (256, 256), 1).variant == level.vectors
+    assert schedules.row_call(level, 1, (256, 256), 1).variant == 1
+    assert schedules.panel_call(level, 8, 1, (256, 256), 1).variant == 1
+    assert schedules.panel_call(level, 8, 4 * level.panel_tokens, (256, 256), 1).variant == level.panel_tokens
+
+
+def test_threads_without_tokens_of_their_own_get_rows() -> None:
+    level = cpu.level("avx2")
+    assert schedules.row_call(level, 8, (8 * CHUNK, 256), 4).splits == 4
+    assert schedules.panel_call(level, 8, 4, (256, 256), 4).splits == 4
+
+
+@pytest.mark.parametrize("name", cpu.LEVELS)
+def test_gather_steps_read_whole_words(name: str) -> None:
+    schedule = schedules.gather_schedule(cpu.level(name))
+    assert schedule.group == 16
+    assert schedule.lanes <= 8
