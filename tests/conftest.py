@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,11 @@ for folder in (ROOT / "tests", ROOT / "benchmarks"):
 # Not the user's cache folder: a calibration in it would change what is chosen. It is kept between runs, since kernels
 # are found by the hash of what shaped them.
 os.environ.setdefault("SPARSECOMP_CACHE_DIR", str(ROOT / "build" / "test-cache"))
+
+
+# A first example may import or compile something; no test is about time.
+hypothesis.settings.register_profile("sparsecomp", deadline=None)
+hypothesis.settings.load_profile("sparsecomp")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +16,7 @@ from sparsecomp.targets.x86.cpu import cpu_name
 
 FORMAT = 1
 _MAX_BYTES = 1 << 16
+_MAX_PRICE = 1e12
 
 
 @dataclass(frozen=True)
@@ -100,5 +100,5 @@ def _check(content: dict[str, Any], expected: Coefficients) -> None:
         if not isinstance(prices, dict) or set(prices) != set(expected[model]):
             raise ValueError(f"the quantities of {model} are not those of this version")
         for quantity, price in prices.items():
-            if type(price) not in (int, float) or not math.isfinite(price) or price < 0:
+            if type(price) not in (int, float) or not 0 <= price <= _MAX_PRICE:
                 raise ValueError(f"{model}.{quantity} is {price!r}, expected nanoseconds")

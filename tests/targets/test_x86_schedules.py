@@ -77,7 +77,9 @@ def test_register_tiles_fit_the_registers(name: str) -> None:
     for v in (8, 16, 32):
         for tokens in (1, 2, 4, level.panel_tokens):
             schedule = schedules.panel_schedule(level, v, tokens)
-            assert schedule.tokens * schedule.vectors + schedule.vectors + 1 <= registers
+            # With one token a weight is used once, straight from memory.
+            weights = schedule.vectors if tokens > 1 else 1
+            assert schedule.tokens * schedule.vectors + weights + 1 <= registers
 
 
 @pytest.mark.parametrize("name", cpu.LEVELS)
