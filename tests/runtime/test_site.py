@@ -101,7 +101,11 @@ class TestCalls:
         weight = random_weight(OUTPUTS, INPUTS)
         site = make(weight, choose=lambda facts, tokens: choice)
         residual, bias = torch.randn(OUTPUTS, 5).t(), torch.randn(2 * OUTPUTS)[::2]
-        for x in (torch.randn(INPUTS, 5).t(), torch.randn(5, 2 * INPUTS)[:, ::2], torch.randn(INPUTS).expand(5, INPUTS)):
+        for x in (
+            torch.randn(INPUTS, 5).t(),
+            torch.randn(5, 2 * INPUTS)[:, ::2],
+            torch.randn(INPUTS).expand(5, INPUTS),
+        ):
             same(op(site, x, bias, residual), functional.linear(x, weight, bias) + residual)
         x = torch.randn(3, 2, INPUTS).transpose(0, 1)
         same(op(site, x), functional.linear(x, weight))
@@ -264,6 +268,22 @@ class TestChangedWeights:
         site, x = make(weight, choose=lambda facts, tokens: DENSE), torch.randn(4, INPUTS)
         weight.add_(1.0)
         same(op(site, x), functional.linear(x, weight))
+
+    def test_sites_of_one_weight_share_its_packed_form(self) -> None:
+        target, weight = Watched(), random_weight(OUTPUTS, OUTPUTS)
+        sites = [make(weight, target=target, activation=activation) for activation in ("none", "relu")]
+        sites.append(make(weight, target=target, transposed=True))
+        x = torch.randn(4, OUTPUTS)
+        expected = functional.linear(x, weight)
+        for site, value in zip(sites, (expected, expected.relu(), x @ weight), strict=True):
+            same(op(site, x), value)
+        assert len(target.packed) == 2
+        weight.mul_(random_weight(OUTPUTS, OUTPUTS, 0.5, seed=3))
+        expected = functional.linear(x, weight)
+        for site, value in zip(sites, (expected, expected.relu(), x @ weight), strict=True):
+            site.refresh(weight)
+            same(op(site, x), value)
+        assert len(target.packed) == 4
 
     def test_weights_take_turns(self) -> None:
         target = Watched()

@@ -18,7 +18,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **info: str) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "best"),
-    [(AVX512, "avx512"), (AVX2, "avx2"), ("sse2", "generic"), ("", "generic"), (AVX512.replace("avx512vl", ""), "avx2")],
+    [
+        (AVX512, "avx512"),
+        (AVX2, "avx2"),
+        ("sse2", "generic"),
+        ("", "generic"),
+        (AVX512.replace("avx512vl", ""), "avx2"),
+    ],
 )
 def test_the_best_level_follows_from_the_flags(flags: str, best: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, flags=flags)

@@ -200,9 +200,7 @@ class TestCalls:
         signed = torch.where(weight == 0, -torch.zeros(()), weight)
         for family in ("rows", "gather", "panel32"):
             target = get_target(None)
-            assert (
-                target.prepare(candidate(family), signed).nbytes == target.prepare(candidate(family), weight).nbytes
-            )
+            assert target.prepare(candidate(family), signed).nbytes == target.prepare(candidate(family), weight).nbytes
 
     @pytest.mark.parametrize("family", ["rows", "gather", "panel8", "panel32"])
     def test_a_weight_that_is_a_view(self, family: str) -> None:
@@ -241,7 +239,9 @@ class TestNames:
             with pytest.raises(ValueError, match=rf"target 'x86:{level}' needs a CPU with .*; this one runs 'x86:"):
                 get_target(f"x86:{level}")
 
-    @pytest.mark.parametrize(("name", "near"), [("x86:avx-512", "x86:avx512"), ("X86", "x86"), ("x86:genric", "x86:generic")])
+    @pytest.mark.parametrize(
+        ("name", "near"), [("x86:avx-512", "x86:avx512"), ("X86", "x86"), ("x86:genric", "x86:generic")]
+    )
     def test_an_unknown_name_gets_the_nearest(self, name: str, near: str) -> None:
         with pytest.raises(ValueError, match=rf"unknown target '{name}': did you mean '{near}'\?"):
             get_target(name)
