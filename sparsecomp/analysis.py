@@ -87,7 +87,7 @@ class StaysDense:
     def __call__(self, weight: Any) -> bool:
         """False sends the call to another compiled graph, or to the compiler."""
         known = self._known.get(id(weight))
-        if known is not None and known[0]() is weight and known[1] == weight._version:
+        if known is not None and known[1] == weight._version and known[0]() is weight:
             return True
         if type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_inference():
             return True  # such a weight stays dense whatever it holds

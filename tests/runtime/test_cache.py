@@ -52,9 +52,13 @@ def digest_of(path: Path) -> str:
 
 
 def restart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Move the cache: the dynamic loader knows libraries by their path, and would give back the one it has."""
+    """Go on with a copy of the cache.
+
+    The dynamic loader knows libraries by path and inode and would give back the one it has, whose file must stay as it
+    was mapped.
+    """
     moved = folder.with_name(folder.name + "x")
-    folder.rename(moved)
+    shutil.copytree(folder, moved)
     use(moved, monkeypatch)
     return moved
 
@@ -185,22 +189,22 @@ def _of_another_user(so: Path, digest: Path) -> None:
     os.chown(so, 12345, -1)
 
 
-DAMAGES: list[Callable[[Path, Path], None]] = [
-    _replaced,
-    _truncated,
-    _empty,
-    _digest_missing,
-    _digest_garbage,
-    _digest_empty,
-    _digest_of_another,
-    _link,
-    _link_to_nothing,
-    _digest_link,
-    _group_writable,
-    _digest_world_writable,
-    _folder_group_writable,
-    _of_another_user,
-]
+DAMAGES: dict[Callable[[Path, Path], None], str] = {
+    _replaced: "its content is not what was written",
+    _truncated: "its content is not",
+    _empty: "its content is not",
+    _digest_missing: ".sha256 is missing",
+    _digest_garbage: "its content is not",
+    _digest_empty: "its content is not",
+    _digest_of_another: "its content is not",
+    _link: ".so is a link",
+    _link_to_nothing: ".so is a link",
+    _digest_link: ".sha256 is a link",
+    _group_writable: ".so can be written by other users",
+    _digest_world_writable: ".sha256 can be written by other users",
+    _folder_group_writable: "kernels can be written by other users",
+    _of_another_user: ".so belongs to another user",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__.strip("_"))
@@ -220,7 +224,9 @@ def test_what_is_not_sound_is_built_again_and_never_loaded(
     with caplog.at_level(logging.WARNING, logger="sparsecomp"):
         assert source.load() == 42
     assert source.writes == 2
-    assert [record.getMessage() for record in caplog.records if "is built again: " in record.getMessage()]
+    (record,) = caplog.records
+    assert "is built again: " in record.getMessage()
+    assert DAMAGES[damage] in record.getMessage()
     # What replaced it is sound.
     restart(cache_dir(), monkeypatch)
     assert source.load() == 42
