@@ -55,6 +55,8 @@ class GatherWeight:
         counts = np.bincount(row, minlength=outputs)
         groups = -(-counts // group)
         ptr = np.concatenate([[0], np.cumsum(groups)])
+        if ptr[-1] * group > 2**31 - 1:
+            raise ValueError(f"the weight keeps more than {2**31 - 1} entries, which int32 cannot address")
         values = np.zeros(ptr[-1] * group, np.float32)
         columns = np.zeros(ptr[-1] * group, np.uint16)
         at = np.arange(len(row)) - (np.cumsum(counts) - counts)[row] + ptr[row] * group

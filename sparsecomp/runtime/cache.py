@@ -71,7 +71,13 @@ def load_or_build(key: str, write_input: Callable[[Path], Path], flags: Sequence
                 if reason != _ABSENT:
                     log.warning("%s is built again: %s", path, reason)
                 path = _build(key, folder, write_input, flags)
-            _loaded[key] = ctypes.CDLL(str(path))
+            try:
+                _loaded[key] = ctypes.CDLL(str(path))
+            except OSError as error:
+                raise BuildError(
+                    f"{path} cannot be loaded ({error}); if its file system is mounted noexec, set {CACHE_VARIABLE} to "
+                    f"another folder"
+                ) from error
         return _loaded[key]
 
 
@@ -106,18 +112,21 @@ def _build(key: str, folder: Path, write_input: Callable[[Path], Path], flags: S
         work = Path(tempfile.mkdtemp(prefix="sparsecomp."))
         log.warning("the kernel cache %s cannot be written (%s): kernels are kept in %s", folder, error, work)
         folder = work
-    source = write_input(work)
-    linked = work / "linked.so"
-    _compile(source, linked, flags)
-    linked.chmod(0o600)
     path = folder / f"{key}.so"
-    (work / "digest").write_text(hashlib.sha256(linked.read_bytes()).hexdigest())
-    (work / "digest").chmod(0o600)
-    # Two renames are not one step: a reader between them finds a digest that does not fit, and builds for itself.
-    os.replace(work / "digest", path.with_suffix(".sha256"))
-    os.replace(linked, path)
-    if work != folder:
-        shutil.rmtree(work)
+    try:
+        linked = work / "linked.so"
+        _compile(write_input(work), linked, flags)
+        linked.chmod(0o600)
+        (work / "digest").write_text(hashlib.sha256(linked.read_bytes()).hexdigest())
+        (work / "digest").chmod(0o600)
+        # Two renames are not one step: a reader between them finds a digest that does not fit, and builds for itself.
+        os.replace(work / "digest", path.with_suffix(".sha256"))
+        os.replace(linked, path)
+    except OSError as error:
+        raise BuildError(f"a kernel cannot be written to {folder}: {error}") from error
+    finally:
+        if work != folder:
+            shutil.rmtree(work, ignore_errors=True)
     return path
 
 

@@ -52,7 +52,7 @@ class _SharedKernels:
         weight = packed.weight()
         if weight is None:
             return target.prepare(candidate, packed.matrix)
-        key = (id(target), packed.matrix.shape, packed.matrix.stride(), candidate)
+        key = (target, packed.matrix.shape, packed.matrix.stride(), candidate)
         with self._lock:
             stamp, kernels = self._by_weight.get(weight, (None, {}))
             if stamp != packed.stamp:
@@ -123,26 +123,39 @@ class RuntimeSite:
         Raises:
             BuildError: a kernel could not be built here.
         """
-        kernel = self._kernel(self._here.packed, tokens)
-        if kernel is not None:
-            kernel.build(tokens, self._activation, residual)
+        with self._lock:
+            self._choose(self._here.packed, tokens, residual)
 
-    def _kernel(self, packed: _Packed, tokens: int) -> Kernel | None:
+    def _choose(self, packed: _Packed, tokens: int, residual: bool) -> Kernel | None:
+        candidate = self._chooser(packed.facts, tokens)
+        kernel = None
+        if not candidate.is_dense:
+            kernel = packed.kernels.get(candidate)
+            if kernel is None:
+                kernel = packed.kernels[candidate] = _shared_kernels.get(packed, self._target, candidate)
+            kernel.build(tokens, self._activation, residual)
+        self._remember(packed, tokens, kernel)
+        return kernel
+
+    @staticmethod
+    def _remember(packed: _Packed, tokens: int, kernel: Kernel | None) -> None:
+        if len(packed.choices) >= _MAX_CHOICES:
+            packed.choices.clear()
+        packed.choices[tokens] = kernel
+
+    def _kernel(self, packed: _Packed, tokens: int, residual: bool) -> Kernel | None:
         try:
             return packed.choices[tokens]
         except KeyError:
             pass
         with self._lock:
-            candidate = self._chooser(packed.facts, tokens)
-            kernel = None
-            if not candidate.is_dense:
-                kernel = packed.kernels.get(candidate)
-                if kernel is None:
-                    kernel = packed.kernels[candidate] = _shared_kernels.get(packed, self._target, candidate)
-            if len(packed.choices) >= _MAX_CHOICES:
-                packed.choices.clear()
-            packed.choices[tokens] = kernel
-            return kernel
+            try:
+                return self._choose(packed, tokens, residual)
+            except Exception:  # noqa: BLE001 -- logged with its traceback
+                # A number of tokens that was not there at compile time must not raise where Inductor would not.
+                log.warning("site %s runs dense at %d tokens: its kernel failed", self.name, tokens, exc_info=True)
+                self._remember(packed, tokens, None)
+                return None
 
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """`activation(x @ W.T + bias) + residual` for x of `[..., I]`; the result is contiguous, of x's type."""
@@ -150,7 +163,7 @@ class RuntimeSite:
         outputs, inputs = packed.facts.out_features, packed.facts.in_features
         shape = (*x.shape[:-1], outputs)
         tokens = x.numel() // inputs if inputs else 0
-        kernel = self._kernel(packed, tokens) if tokens else None
+        kernel = self._kernel(packed, tokens, residual is not None) if tokens else None
         if kernel is None:
             return self._dense(packed.matrix, x, bias, residual)
         flat = x.reshape(tokens, inputs)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.runtime import site as site_module
+from sparsecomp.runtime.cache import BuildError
 from sparsecomp.runtime.site import RuntimeSite
 from sparsecomp.targets import get_target
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Target, WeightFacts
@@ -367,3 +368,23 @@ class TestThreads:
         same(given[0], functional.linear(x, weight))
         assert torch.equal(given[0], given[1])
         assert torch.equal(given[0], given[2])
+
+
+def test_a_kernel_that_fails_at_a_new_number_of_tokens_runs_dense(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a call meets for the first time must not raise where Inductor would not; the reason is logged."""
+    weight = torch.randn(16, 24) * (torch.rand(16, 24) < 0.2)
+    target = get_target()
+
+    def fail(*_: object) -> Kernel:
+        raise BuildError("no C compiler found")
+
+    monkeypatch.setattr(target, "prepare", fail)
+    site = RuntimeSite("layer", weight, False, target, lambda facts, tokens: Candidate("rows", "unstructured"), "relu")
+    x = torch.randn(5, 24)
+    given = site.run(x, None, None)
+    assert torch.allclose(given, torch.relu(x @ weight.t()), atol=1e-5)
+    assert "layer runs dense at 5 tokens" in caplog.text
+    with pytest.raises(BuildError):
+        site.prepare(7, residual=False)
