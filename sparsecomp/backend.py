@@ -29,7 +29,7 @@ from sparsecomp.ir import LinearSite
 from sparsecomp.log import CODE, GRAPHS, PLAN, DebugFolder, log
 from sparsecomp.options import Options
 from sparsecomp.planner import Plan, SiteChoice
-from sparsecomp.runtime import RuntimeSite
+from sparsecomp.runtime.site import ACTIVATIONS, RuntimeSite
 from sparsecomp.targets.base import DENSE, Target
 
 Compiled = Callable[..., Any]
@@ -310,15 +310,6 @@ def _difference(site: LinearSite, runtime: RuntimeSite) -> float:
     scale = expected.abs().max().item()
     difference = (given - expected).abs().max().item()
     return difference / scale if scale else difference
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda value: value,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda value: functional.gelu(value, approximate="tanh"),
-    "silu": functional.silu,
-}
 
 
 def _record(compilation: Compilation, debug: DebugFolder) -> None:

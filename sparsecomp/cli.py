@@ -74,10 +74,9 @@ def info(
 
 
 @app.command()
-def calibrate(threads: Threads = None) -> None:
+def calibrate() -> None:
     """Measure this machine for the cost model, in under a minute; the result is kept in the cache folder."""
     with _errors_for_people():
-        _set_threads(threads)
         from sparsecomp.targets.x86.calibrate import calibrate as measure
 
         print("measuring; other work on the machine would spoil the result ...", file=sys.stderr)

@@ -177,7 +177,7 @@ class RuntimeSite:
         return out.reshape(shape).to(x.dtype)
 
     def _dense(self, matrix: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        value = _ACTIVATIONS[self._activation](functional.linear(x, matrix, bias))
+        value = ACTIVATIONS[self._activation](functional.linear(x, matrix, bias))
         value = value if residual is None else value + residual
         return value.contiguous()
 
@@ -206,13 +206,14 @@ def _stamp(weight: Tensor) -> tuple[int, int]:
     return weight._version, weight.data_ptr()
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda value: value,
     "relu": functional.relu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda value: functional.gelu(value, approximate="tanh"),
     "silu": functional.silu,
 }
+"""What the dense form of a site applies, by the name that the op takes."""
 
 # A plain Library: an op of torch.library.custom_op costs tens of microseconds a call, this one two.
 _library = torch.library.Library("sparsecomp", "DEF")
