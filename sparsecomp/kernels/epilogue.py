@@ -1,6 +1,7 @@
 """What follows the sums of a linear while they are still in registers: bias, activation, residual.
 
-Arithmetic is float32 multiply-adds only, so that every target vectorises it: no call to a math library.
+Arithmetic is float32 multiply-adds and at most one division, so that every target vectorises it: no call to a math
+library.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from torch import Tensor
 
 import sparsecomp
-from sparsecomp.log import CODE, debug_level
 from sparsecomp.runtime.cache import key_of, load_or_build
 
 _NATIVE = Path(__file__).with_name("native.c")
@@ -96,11 +95,6 @@ def assembly_of(source: KernelSource) -> str:
     from sparsecomp.kernels import tir
 
     return tir.compile_object(source.build(), source.name, dict(source.target))[1]
-
-
-def debug_code_wanted() -> bool:
-    """Whether `SPARSECOMP_DEBUG` asks for the generated code."""
-    return debug_level() >= CODE
 
 
 class Weights:

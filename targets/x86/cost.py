@@ -20,7 +20,8 @@ from sparsecomp.targets.x86 import schedules
 from sparsecomp.targets.x86.cpu import Caches, Level
 
 Quantities = dict[str, float]
-# Arithmetic of an activation relative to SiLU.
+# Arithmetic of an activation relative to SiLU: guesses from operation counts, of which calibration measures only GELU's
+# price. Dense pays the same, so that a wrong one moves a choice only through the margin.
 ACTIVATION_COST = {"none": 0.0, "relu": 0.1, "silu": 1.0, "gelu_tanh": 1.2, "gelu": 1.5}
 # Tokens up to which a dense product is a stream of its weight rather than a product of matrices.
 DENSE_FEW = 12

@@ -13,7 +13,7 @@ import torch
 from kernel_cases import HERE, needs_x86
 
 from sparsecomp.kernels import tir
-from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, debug_code_wanted, function_of
+from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, function_of
 
 pytestmark = needs_x86
 
@@ -108,12 +108,6 @@ class TestBuilding:
 
     def test_assembly(self) -> None:
         assert "items:" in assembly_of(SOURCE)
-
-
-@pytest.mark.parametrize(("value", "wanted"), [("", False), ("2", False), ("3", True)])
-def test_the_code_is_wanted_at_the_highest_level(value: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSECOMP_DEBUG", value)
-    assert debug_code_wanted() is wanted
 
 
 WARM = """
