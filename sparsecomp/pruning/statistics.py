@@ -1,0 +1,172 @@
+"""What criteria know of the inputs of a site: sums over the calibration rows, collected by hooks.
+
+With the rows `X [R, I]` of all calls: the sum of squares and the sum of every input, and the Gram matrix `X^T X`, which
+is half the Hessian of the squared output error with respect to a row of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecomp.pruning.calibration import Call
+from sparsecomp.pruning.sites import Site
+
+
+@dataclass
+class Statistics:
+    """Sums over the rows that went into a weight.
+
+    Attributes:
+        rows: their number.
+        sums: of every input, float64 `[I]`.
+        squares: sum of squares of every input, float64 `[I]`.
+        gram: `X^T X`, float32 `[I, I]` (float64 for a float64 weight); None where it was not asked for.
+    """
+
+    rows: int
+    sums: Tensor
+    squares: Tensor
+    gram: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor, *, gram: bool) -> Statistics:
+        """Of the rows `[R, I]`; those of 16 bits are summed in float32."""
+        rows = rows.detach() if rows.dtype == torch.float64 else rows.detach().float()
+        product = rows.T @ rows if gram else None
+        squares = rows.square().sum(dim=0, dtype=torch.float64) if product is None else product.diagonal().double()
+        return cls(rows.shape[0], rows.sum(dim=0, dtype=torch.float64), squares, product)
+
+    def copy(self) -> Statistics:
+        """Sums that change on their own."""
+        gram = None if self.gram is None else self.gram.clone()
+        return Statistics(self.rows, self.sums.clone(), self.squares.clone(), gram)
+
+    def add(self, other: Statistics) -> None:
+        """Add the sums over other rows."""
+        self.rows += other.rows
+        self.sums += other.sums
+        self.squares += other.squares
+        if self.gram is not None and other.gram is not None:
+            self.gram += other.gram
+
+    @property
+    def norms(self) -> Tensor:
+        """Euclidean norm of every input over the rows, float64 `[I]`."""
+        return self.squares.sqrt()
+
+    @property
+    def variances(self) -> Tensor:
+        """Variance of every input over the rows, float64 `[I]`, never negative."""
+        rows = max(self.rows, 1)
+        return (self.squares / rows - (self.sums / rows).square()).clamp_min(0)
+
+    @property
+    def means(self) -> Tensor:
+        """Mean of every input over the rows, float64 `[I]`."""
+        return self.sums / max(self.rows, 1)
+
+
+class _Collector:
+    """Adds up the inputs of weights; what several sites are given at the same time is summed once."""
+
+    def __init__(self, *, gram: bool) -> None:
+        self.by_weight: dict[int, Statistics] = {}
+        self._gram = gram
+        self._last: tuple[Tensor, int, Statistics] | None = None
+
+    def __call__(self, site: Site, value: Tensor) -> None:
+        rows = site.kind.to_inputs(site.module, value)
+        last = self._last
+        if last is None or not _same(rows, last[0]) or rows._version != last[1]:
+            last = self._last = (rows, rows._version, Statistics.of(rows, gram=self._gram))
+        known = self.by_weight.get(id(site.weight))
+        if known is None:
+            self.by_weight[id(site.weight)] = last[2].copy()
+        else:
+            known.add(last[2])
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def collect(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, gram: bool) -> dict[int, Statistics]:
+    """Run a module on its calls and sum up what goes into the sites within it.
+
+    Args:
+        module: holds the sites.
+        calls: its calls.
+        sites: modules within it; those that share a weight share the statistics.
+        gram: whether the Gram matrix is wanted.
+
+    Returns:
+        The statistics by `id` of the weight.
+
+    Raises:
+        ValueError: a site was never called, or an input holds NaN or infinity.
+    """
+    collector = _Collector(gram=gram)
+    with _inputs(sites, collector):
+        for call in calls:
+            call.run(module)
+    for site in sites:
+        statistics = collector.by_weight.get(id(site.weight))
+        if statistics is None or not statistics.rows:
+            raise ValueError(
+                f"{site.where} ({type(site.module).__name__}) was not called with any calibration input, so nothing is "
+                "known of what goes into it: give inputs that reach it, leave it out with filter_fn, or use "
+                "criterion='magnitude'"
+            )
+        if not bool(torch.isfinite(statistics.squares).all()):
+            raise ValueError(
+                f"{site.where} has NaN or infinity in its calibration inputs: look at the batches, and at the modules "
+                "before it"
+            )
+    return collector.by_weight
+
+
+def stages(module: nn.Module, call: Call, sites: Sequence[Site]) -> list[list[Site]]:
+    """Group the sites of a module by the input that they share, in the order in which they run.
+
+    Sites of the same input (query, key and value) can be pruned from one look at it; those behind them are better
+    looked at again, when they see what the pruned ones give.
+
+    Returns:
+        The groups; sites that did not run come last, in one group.
+    """
+    order: list[tuple[Tensor, list[Site]]] = []
+    seen: set[int] = set()
+
+    def note(site: Site, value: Tensor) -> None:
+        if id(site) in seen:
+            return
+        seen.add(id(site))
+        for known, group in order:
+            if known is value:
+                group.append(site)
+                return
+        order.append((value, [site]))
+
+    with _inputs(sites, note):
+        call.run(module)
+    rest = [site for site in sites if id(site) not in seen]
+    return [group for _, group in order] + ([rest] if rest else [])
+
+
+@contextmanager
+def _inputs(sites: Iterable[Site], receive: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Hand every input of the sites to a function; a module that is there under two names is one site."""
+    with ExitStack() as stack:
+        for site in {id(site.module): site for site in sites}.values():
+
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], site: Site = site) -> None:
+                receive(site, args[0] if args else next(iter(kwargs.values())))
+
+            stack.callback(site.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
