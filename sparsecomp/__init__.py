@@ -14,10 +14,24 @@ if TYPE_CHECKING:
     from sparsecomp.options import Options as Options
     from sparsecomp.patterns import Pattern as Pattern
     from sparsecomp.planner import Plan as Plan
+    from sparsecomp.planning import plan as plan
+    from sparsecomp.pruning import freeze_masks as freeze_masks
+    from sparsecomp.pruning import reestimate_batchnorm as reestimate_batchnorm
     from sparsecomp.pruning import sparsify_ as sparsify_
     from sparsecomp.report import Report as Report
 
-__all__ = ["Options", "Pattern", "Plan", "Report", "__version__", "explain", "sparsify_"]
+__all__ = [
+    "Options",
+    "Pattern",
+    "Plan",
+    "Report",
+    "__version__",
+    "explain",
+    "freeze_masks",
+    "plan",
+    "reestimate_batchnorm",
+    "sparsify_",
+]
 
 _HOMES = {
     "Options": "sparsecomp.options",
@@ -26,6 +40,9 @@ _HOMES = {
     "Report": "sparsecomp.report",
     # Not in a module of its own name: importing that would put the module where the function belongs.
     "explain": "sparsecomp.dryrun",
+    "freeze_masks": "sparsecomp.pruning",
+    "plan": "sparsecomp.planning",
+    "reestimate_batchnorm": "sparsecomp.pruning",
     "sparsify_": "sparsecomp.pruning",
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from sparsecomp.pruning.batchnorm import reestimate_batchnorm
+from sparsecomp.pruning.freeze import FrozenMasks, freeze_masks
 from sparsecomp.pruning.magnitude import magnitude
 from sparsecomp.pruning.sparsify import sparsify_
 
-__all__ = ["magnitude", "sparsify_"]
+__all__ = ["FrozenMasks", "freeze_masks", "magnitude", "reestimate_batchnorm", "sparsify_"]
