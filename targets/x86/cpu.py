@@ -23,6 +23,8 @@ class Level:
         mcpu, mattr: for LLVM.
         lanes: float32 in a vector.
         vectors: vectors of tokens that the row kernel holds for each of its two rows.
+        chunk: rows whose sums the row kernel keeps between blocks of columns; they shall stay in the L2 cache.
+        l1_share: share of the L1 cache that a block of the row kernel's tile takes; weights and sums stream through.
         panel_tokens: tokens in the register tile of the panel kernel, with two vectors of outputs.
         spread: how the mask kernel spreads packed values; empty where the level has no fast way.
     """
@@ -32,6 +34,8 @@ class Level:
     mattr: tuple[str, ...]
     lanes: int
     vectors: int
+    chunk: int
+    l1_share: float
     panel_tokens: int
     spread: str
 
@@ -69,6 +73,8 @@ def level(name: str) -> Level:
         mattr=tuple(entry["mattr"]),
         lanes=entry["lanes"],
         vectors=entry["vectors"],
+        chunk=entry["chunk"],
+        l1_share=entry["l1_share"],
         panel_tokens=entry["panel_tokens"],
         spread=entry["spread"],
     )

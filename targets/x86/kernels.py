@@ -103,10 +103,10 @@ class RowsKernel(X86Kernel):
     def _cut(self, tokens: int, threads: int) -> tuple[int, list[int], int, int]:
         outputs, inputs = self._shape
         call = schedules.row_call(self._level, tokens, self._shape, threads)
-        tile = call.variant * self._level.lanes
+        schedule = self._schedule(call.variant)
         blocks = -(-inputs // self._block)
-        dims = [tokens, inputs, outputs, blocks, self._block * tile, self._chunk, call.splits]
-        return call.variant, dims, call.items, rows.scratch_floats(inputs, self._chunk, tile)
+        dims = [tokens, inputs, outputs, blocks, self._block * schedule.tile, self._chunk, call.splits]
+        return call.variant, dims, call.items, rows.scratch_floats(inputs, self._chunk, schedule)
 
     def _schedule(self, variant: int) -> rows.RowSchedule:
         return rows.RowSchedule(self._level.lanes, variant)

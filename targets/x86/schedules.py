@@ -9,10 +9,6 @@ from sparsecomp.kernels.gathered import GatherSchedule
 from sparsecomp.kernels.panel import PanelSchedule
 from sparsecomp.targets.x86.cpu import Level
 
-# Rows whose sums wait in scratch between blocks of columns: they shall stay in the L2 cache.
-CHUNK = 128
-# Share of the L1 cache that a block of the transposed tile takes; weights and sums stream through the rest.
-L1_SHARE = 0.75
 # Cost of a kept weight beside its multiply-adds, in vectors of tokens: one broadcast and one index.
 ROW_STEP_COST = 0.3
 # The same for a kept column of a panel, in tokens: the weights' own loads.
@@ -45,19 +41,34 @@ class Call:
 
 
 def row_packing(level: Level, shape: tuple[int, int], l1: int) -> dict[str, int]:
-    """`chunk` and `block` for `RowWeight.pack`: even blocks whose part of the tile fits the L1 cache."""
-    columns = max(1, int(L1_SHARE * l1) // (4 * level.lanes * level.vectors))
+    """`chunk` and `block` for `RowWeight.pack`: even chunks; even blocks whose part of the tile fits the L1 cache."""
+    chunk = _even(shape[0], level.chunk)
+    columns = max(1, int(level.l1_share * l1) // (4 * level.lanes * level.vectors))
     blocks = max(1, math.ceil(shape[1] / columns))
-    return {"chunk": CHUNK, "block": min(max(1, math.ceil(shape[1] / blocks)), 65536)}
+    # Whole vectors of rows, so that the transposes back have no rest but the last.
+    chunk = math.ceil(chunk / level.lanes) * level.lanes
+    return {"chunk": chunk, "block": min(max(1, math.ceil(shape[1] / blocks)), 65536)}
+
+
+def _even(size: int, most: int) -> int:
+    """The size of the parts when as few as possible of at most that size are made."""
+    return max(1, math.ceil(size / max(1, math.ceil(size / most))))
 
 
 def row_call(level: Level, tokens: int, shape: tuple[int, int], threads: int) -> Call:
-    """The variant with the least work for a number of tokens: wide tiles cost less per token, if they are full."""
-    variants = [v for v in (1, 2, 4, 8) if v <= level.vectors]
-    vectors = min(variants, key=lambda v: (math.ceil(tokens / (v * level.lanes)) * (v + ROW_STEP_COST), -v))
-    tiles = math.ceil(tokens / (vectors * level.lanes))
-    splits = _splits(tiles, math.ceil(shape[0] / CHUNK), threads)
-    return Call(vectors, tiles, splits, 0, tiles * splits)
+    """The variant with the least work for the busiest thread: wide tiles cost less per token, if they are full."""
+    parts = math.ceil(shape[0] / level.chunk)
+
+    def cut(vectors: int) -> Call:
+        tiles = math.ceil(tokens / (vectors * level.lanes))
+        splits = _splits(tiles, parts, threads)
+        return Call(vectors, tiles, splits, 0, tiles * splits)
+
+    def work(call: Call) -> float:
+        return call.share(threads) * call.tiles * (call.variant + ROW_STEP_COST)
+
+    calls = [cut(v) for v in (1, 2, 4, 8) if v <= level.vectors]
+    return min(calls, key=lambda call: (work(call), -call.variant))
 
 
 def _splits(tiles: int, parts: int, threads: int) -> int:

@@ -27,7 +27,14 @@ from sparsecomp.patterns.rows import RowWeight
 from sparsecomp.runtime.launch import KernelSource
 
 USUAL = RowSchedule(8, 2)
-SCHEDULES = [RowSchedule(4, 1), RowSchedule(4, 4), RowSchedule(8, 1), RowSchedule(8, 4), RowSchedule(16, 2)]
+SCHEDULES = [
+    RowSchedule(4, 1),
+    RowSchedule(4, 4),
+    RowSchedule(8, 1),
+    RowSchedule(8, 4),
+    RowSchedule(16, 2),
+    RowSchedule(16, 8),
+]
 
 
 def run(
@@ -44,7 +51,7 @@ def run(
     source = KernelSource("rows", f"{schedule} {epilogue}", lambda: rows.build(schedule, epilogue), target)
     dims = [tokens, width, packed.shape[0], packed.blocks, packed.block * schedule.tile, packed.chunk, splits]
     items = -(-tokens // schedule.tile) * splits
-    scratch = rows.scratch_floats(width, packed.chunk, schedule.tile)
+    scratch = rows.scratch_floats(width, packed.chunk, schedule)
     arrays = rows.weights(packed)
     return run_kernel(source, arrays, dims, items, scratch, inputs, residual=epilogue.residual, threads=threads)
 

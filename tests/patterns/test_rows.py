@@ -69,6 +69,20 @@ def test_the_arrays_cover_every_kept_entry_once(weight: torch.Tensor, chunk: int
 
 
 @given(weights(), CHUNKS, BLOCKS)
+def test_the_pairs_of_a_block_are_sorted_by_the_lengths_of_their_lists(
+    weight: torch.Tensor, chunk: int, block: int
+) -> None:
+    packed = RowWeight.pack(weight, chunk=chunk, block=block)
+    at = 0
+    for index in range(packed.chunks):
+        count = -(-min(chunk, weight.shape[0] - index * chunk) // 2)
+        for _ in range(packed.blocks):
+            lengths = packed.pairs[at : at + count, 2:].tolist()
+            assert lengths == sorted(lengths)
+            at += count
+
+
+@given(weights(), CHUNKS, BLOCKS)
 def test_the_pairs_of_a_block_are_a_matching_of_its_rows(weight: torch.Tensor, chunk: int, block: int) -> None:
     packed = RowWeight.pack(weight, chunk=chunk, block=block)
     outputs, inputs = weight.shape
@@ -99,10 +113,10 @@ def test_the_fields_of_a_pair_follow_from_its_rows(weight: torch.Tensor, chunk: 
 def test_what_both_rows_keep_stands_once() -> None:
     weight = torch.tensor([[1.0, 2.0, 0.0, 3.0], [4.0, 0.0, 5.0, 6.0], [7.0, 0.0, 0.0, 0.0]])
     packed = RowWeight.pack(weight, chunk=4, block=4)
-    assert packed.rows.tolist() == [[0, 1], [2, 4]]
-    assert packed.pairs.tolist() == [[0, 0, 2, 1, 0], [6, 4, 0, 0, 1]]
-    assert packed.values.tolist() == [1.0, 4.0, 3.0, 6.0, 2.0, 5.0, 7.0]
-    assert packed.columns.tolist() == [0, 3, 1, 2, 0]
+    assert packed.rows.tolist() == [[2, 4], [0, 1]]
+    assert packed.pairs.tolist() == [[0, 0, 0, 0, 1], [1, 1, 2, 1, 0]]
+    assert packed.values.tolist() == [7.0, 1.0, 4.0, 3.0, 6.0, 2.0, 5.0]
+    assert packed.columns.tolist() == [0, 0, 3, 1, 2]
     assert packed.shared == 2
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecomp.targets.x86 import cpu, schedules
-from sparsecomp.targets.x86.schedules import CHUNK, L1_SHARE, Call
+from sparsecomp.targets.x86.schedules import Call
 
 LEVELS = st.sampled_from([cpu.level(name) for name in cpu.LEVELS])
 TOKENS = st.integers(1, 3000)
@@ -33,7 +33,7 @@ def test_row_calls(level: cpu.Level, tokens: int, shape: tuple[int, int], thread
     assert 1 <= call.variant <= level.vectors
     assert (call.tiles - 1) * tile < tokens <= call.tiles * tile
     assert call.items == call.tiles * call.splits
-    assert call.splits <= min(threads, math.ceil(shape[0] / CHUNK))
+    assert call.splits <= min(threads, math.ceil(shape[0] / level.chunk))
 
 
 @given(LEVELS, TOKENS, SHAPES)
@@ -45,9 +45,11 @@ def test_one_thread_never_splits(level: cpu.Level, tokens: int, shape: tuple[int
 @given(LEVELS, SHAPES, st.sampled_from([16384, 32768, 49152, 131072]))
 def test_blocks_of_rows_fit_the_first_cache(level: cpu.Level, shape: tuple[int, int], l1: int) -> None:
     packing = schedules.row_packing(level, shape, l1)
-    assert packing["chunk"] % 2 == 0
+    assert packing["chunk"] % level.lanes == 0
+    assert packing["chunk"] <= level.chunk
+    assert math.ceil(shape[0] / packing["chunk"]) == math.ceil(shape[0] / level.chunk)
     assert 1 <= packing["block"] <= min(shape[1], 65536)
-    assert packing["block"] * 4 * level.lanes * level.vectors <= L1_SHARE * l1
+    assert packing["block"] * 4 * level.lanes * level.vectors <= level.l1_share * l1
     blocks = math.ceil(shape[1] / packing["block"])
     assert blocks * packing["block"] - shape[1] < max(blocks, packing["block"])
 
@@ -94,8 +96,15 @@ def test_full_tiles_take_the_widest_variant(name: str) -> None:
 
 def test_threads_without_tokens_of_their_own_get_rows() -> None:
     level = cpu.level("avx2")
-    assert schedules.row_call(level, 8, (8 * CHUNK, 256), 4).splits == 4
+    assert schedules.row_call(level, 8, (8 * level.chunk, 256), 4).splits == 4
     assert schedules.panel_call(level, 8, 4, (256, 256), 4).splits == 4
+
+
+def test_one_tile_and_one_chunk_are_cut_finer_for_two_threads() -> None:
+    level = cpu.level("avx512")
+    tile = level.lanes * level.vectors
+    assert schedules.row_call(level, tile, (level.chunk, 256), 1).items == 1
+    assert schedules.row_call(level, tile, (level.chunk, 256), 2).items == 2
 
 
 @pytest.mark.parametrize("name", cpu.LEVELS)
