@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sparsecomp.options import Options
 from sparsecomp.passes import Pass, PassResult, default_passes, run_passes
 from sparsecomp.planner import SiteChoice, choose, decline, measure
 from sparsecomp.runtime.facts import facts_of
+from sparsecomp.runtime.failures import failures_of
 from sparsecomp.targets.base import DENSE, Candidate, Problem, Target, WeightFacts
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
@@ -182,7 +183,10 @@ def _plan_site(
             return PlannedSite(site, decline(site, reason or "its weight cannot be read", facts))
         measured = tuner.measure(site, facts) if tuner is not None else None
         chooser = SiteChooser(site, target, options, measured)
-        return PlannedSite(site, chooser.choice(facts, site.tokens), chooser)
+        choice = chooser.choice(facts, site.tokens)
+        if failed := failures_of(site.weight):
+            choice = replace(choice, reason=f"{choice.reason}; {failed}")
+        return PlannedSite(site, choice, chooser)
     except Exception as error:  # noqa: BLE001 -- logged with its traceback
         # One odd weight must not keep the other sites, or the user's model, from running.
         log.warning("site %s stays dense: its analysis failed", site.name, exc_info=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import sparsecomp
 from sparsecomp import Plan, explain
 from sparsecomp.backend import compilations
+from sparsecomp.runtime.failures import record_failure
 
 
 class Block(nn.Module):
@@ -213,6 +214,14 @@ def test_errors_are_the_users() -> None:
         explain(3, torch.randn(3, 32))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="must have same reduction dim"):
         explain(Block().requires_grad_(False), torch.randn(3, 31), options={"target": FakeTarget()})
+
+
+def test_a_kernel_that_failed_at_run_time_is_in_the_reason_of_its_layer() -> None:
+    model = pruned(Encoder())
+    record_failure(model.layer[0].up.weight, 7, RuntimeError("no memory"))
+    reasons = {choice.name: choice.reason for choice in explain(model, torch.randn(64, 32))}
+    assert reasons["layer.0.up"].endswith("ran dense at 7 tokens, where its kernel failed with RuntimeError: no memory")
+    assert "ran dense" not in reasons["layer.0.down"]
 
 
 def test_an_analysis_that_fails_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsecomp.log import log
 from sparsecomp.runtime.facts import facts_of
+from sparsecomp.runtime.failures import record_failure
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Target, WeightFacts
 
 Chooser = Callable[[WeightFacts, int], Candidate]
@@ -151,10 +152,12 @@ class RuntimeSite:
         with self._lock:
             try:
                 return self._choose(packed, tokens, residual)
-            except Exception:  # noqa: BLE001 -- logged with its traceback
+            except Exception as error:  # noqa: BLE001 -- logged with its traceback, and reported by `explain`
                 # A number of tokens that was not there at compile time must not raise where Inductor would not.
                 log.warning("site %s runs dense at %d tokens: its kernel failed", self.name, tokens, exc_info=True)
                 self._remember(packed, tokens, None)
+                if (weight := packed.weight()) is not None:
+                    record_failure(weight, tokens, error)
                 return None
 
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

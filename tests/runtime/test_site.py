@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from sparsecomp.runtime import site as site_module
 from sparsecomp.runtime.cache import BuildError
+from sparsecomp.runtime.failures import failures_of
 from sparsecomp.runtime.site import RuntimeSite
 from sparsecomp.targets import get_target
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Target, WeightFacts
@@ -386,5 +387,9 @@ def test_a_kernel_that_fails_at_a_new_number_of_tokens_runs_dense(
     given = site.run(x, None, None)
     assert torch.allclose(given, torch.relu(x @ weight.t()), atol=1e-5)
     assert "layer runs dense at 5 tokens" in caplog.text
+    assert failures_of(weight) == (
+        "ran dense at 5 tokens, where its kernel failed with BuildError: no C compiler found"
+    )
+    assert failures_of(torch.randn(2, 2)) == ""
     with pytest.raises(BuildError):
         site.prepare(7, residual=False)
