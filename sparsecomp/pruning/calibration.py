@@ -72,6 +72,8 @@ class Part:
 def as_calls(batches: Iterable[Any]) -> list[Call]:
     """Read calibration batches: a tensor is one argument, a tuple or list gives positional ones, a mapping keywords.
 
+    A batch that is a `Call` already stays as it is.
+
     Raises:
         ValueError: there is no batch, or something that is no batch.
     """
@@ -85,6 +87,8 @@ def as_calls(batches: Iterable[Any]) -> list[Call]:
 
 
 def _as_call(batch: Any, index: int, remedy: str) -> Call:
+    if isinstance(batch, Call):
+        return batch
     if isinstance(batch, Tensor):
         return Call((batch,), {})
     if isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch):

@@ -1,20 +1,48 @@
 """Pruning of a model in place: dense tensors that hold zeros, which any other tool can take over.
 
-All modules are examined and all masks computed before the first weight changes, so a call completes or changes nothing.
+A call completes or changes nothing: what can be checked is checked before the first weight changes, and the originals
+of what has changed are kept until the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
+from sparsecomp.log import log
 from sparsecomp.patterns import Pattern
-from sparsecomp.pruning.magnitude import magnitude
+from sparsecomp.planner.plan import Plan
+from sparsecomp.pruning.batchnorm import batchnorms, reestimate_batchnorm
+from sparsecomp.pruning.calibration import Call, Part, Stream, as_calls, calibrating, find_blocks
+from sparsecomp.pruning.criterion import Criterion, Pruned, criterion_named
+from sparsecomp.pruning.dsnot import dsnot
+from sparsecomp.pruning.reconstruct import Reconstruction, reconstruct_block
 from sparsecomp.pruning.sites import FilterFn, Site, choose_sites
+from sparsecomp.pruning.statistics import Statistics, collect, stages
+
+Refine = Literal["dsnot"]
 
 
-def sparsify_(model: nn.Module, pattern: str | Pattern, *, filter_fn: FilterFn | None = None) -> list[str]:
-    """Prune the weights of a model in place, by magnitude.
+def sparsify_(
+    model: nn.Module,
+    pattern: str | Pattern | Plan,
+    *,
+    criterion: str = "magnitude",
+    calibration: Iterable[Any] | None = None,
+    refine: Refine | None = None,
+    reconstruct: bool | Reconstruction = False,
+    filter_fn: FilterFn | None = None,
+    progress: bool | None = None,
+) -> list[str]:
+    """Prune the weights of a model in place.
+
+    With calibration inputs the model is pruned block by block, and inside a block layer by layer, so that every layer
+    is judged by what it is given in the pruned model. A model without repeated blocks is looked at once, as a whole.
 
     A weight that several modules share is pruned once, also where the other module is no linear (a tied embedding
     changes too: leave its head out with `filter_fn` if that is not wanted). Gradients, hooks and the `requires_grad` of
@@ -23,36 +51,188 @@ def sparsify_(model: nn.Module, pattern: str | Pattern, *, filter_fn: FilterFn |
     Args:
         model: any module; its `nn.Linear` modules are pruned (the model itself, if it is one).
         pattern: what to prune to, such as `"unstructured@0.8"`, `"2:4"`, `"32:2:4"` or `"16x1@0.5"`; `"dense"` drops
-            nothing.
+            nothing. A plan prunes every site to the pattern that it has for it.
+        criterion: `"magnitude"`, `"wanda"`, `"ria"` or `"sparsegpt"`; all but the first need calibration.
+        calibration: batches of model inputs, each a tensor, a tuple of arguments or a dict of keyword arguments (such
+            as a tokenizer gives; without padding, since padding counts as input). It is read once, into memory. The
+            statistics of batch norms are estimated again on it.
+        refine: `"dsnot"` exchanges entries of the chosen mask; needs calibration.
+        reconstruct: tune the kept weights of each block to give the dense block's output; needs calibration and a model
+            with repeated blocks. `Reconstruction(...)` sets how long.
         filter_fn: `(module, qualified_name) -> bool`, called for every module that can be pruned; all of them if None.
+        progress: whether to show a progress bar; None: on a terminal, with calibration.
 
     Returns:
         Qualified names of the modules whose weights were pruned, in the order of `model.named_modules()`; a shared
         weight gives every accepted module that holds it, the empty name is the model itself. Empty for `"dense"`.
 
     Raises:
-        ValueError: the pattern is wrong or has no share, no module can be pruned, `filter_fn` rejects all of them, or a
-            weight cannot be pruned. The model is then as it was.
+        ValueError: the pattern is wrong or has no share, the plan names a site that the model does not have, no module
+            can be pruned, `filter_fn` rejects all of them, a weight cannot be pruned, calibration is needed and missing
+            or holds no batch, does not reach a site, or gives it NaN or infinity. The model is then as it was, as after
+            any other exception.
     """
-    pattern = Pattern.parse(pattern)
-    if pattern.kind in ("unstructured", "block") and pattern.sparsity is None:
-        raise ValueError(
-            f"pattern '{pattern}' does not say how much to prune: give the share of zeros, such as '{pattern}@0.8'"
-        )
+    rule = criterion_named(criterion)
+    if refine not in (None, "dsnot"):
+        raise ValueError(f"refine={refine!r} is not known: expected 'dsnot' or None")
+    settings = Reconstruction() if reconstruct is True else reconstruct or None
+    wants = {f"criterion={criterion!r}": rule.needs != "nothing", "refine": refine, "reconstruct": settings}
+    reasons = [name for name, wanted in wants.items() if wanted]
+    if reasons and calibration is None:
+        raise ValueError(f"{reasons[0]} needs calibration: give batches of model inputs as calibration=[...]")
     sites = choose_sites(model, filter_fn)
-    if pattern.kind == "dense":
+    patterns = _patterns(pattern, sites)
+    sites = [site for site in sites if id(site.weight) in patterns]
+    calls = [] if calibration is None else as_calls(calibration)
+    if not sites:
         return []
-    with torch.no_grad():
-        unique = {id(site.weight): site for site in sites}.values()
-        drops = [(site.weight, _entries_to_drop(site, pattern)) for site in unique]
-        for weight, drop in drops:
-            weight.masked_fill_(drop, 0)
+    job = _Job(model, patterns, rule, refine, settings)
+    try:
+        with torch.no_grad():
+            if reasons:
+                job.run(sites, calls, progress)
+            else:
+                job.prune(sites, {})
+            if calls:
+                for norm in batchnorms(model).values():
+                    job.undo.keep(*norm.buffers())
+                reestimate_batchnorm(model, calls)
+    except BaseException:
+        job.undo.restore()
+        raise
     return [site.name for site in sites]
 
 
-def _entries_to_drop(site: Site, pattern: Pattern) -> Tensor:
-    try:
-        keep = pattern.mask(site.kind.to_matrix(magnitude(site.weight)))
-    except ValueError as error:
-        raise ValueError(f"{site.where} cannot be pruned to {pattern}: {error}") from error
-    return ~site.kind.from_matrix(keep, site.weight)
+def _patterns(pattern: str | Pattern | Plan, sites: Sequence[Site]) -> dict[int, Pattern]:
+    """The pattern of every weight that is to be pruned, by its `id`."""
+    if not isinstance(pattern, Plan):
+        pattern = Pattern.parse(pattern)
+        if pattern.kind in ("unstructured", "block") and pattern.sparsity is None:
+            raise ValueError(
+                f"pattern '{pattern}' does not say how much to prune: give the share of zeros, such as '{pattern}@0.8'"
+            )
+        return {} if pattern.kind == "dense" else {id(site.weight): pattern for site in sites}
+    by_name = {site.name: site for site in sites}
+    result: dict[int, Pattern] = {}
+    for choice in pattern:
+        if not choice.prune:
+            continue
+        if choice.name not in by_name:
+            raise ValueError(
+                f"the plan prunes {choice.name!r} to {choice.prune}, but the model has no such module to prune (or "
+                "filter_fn rejects it): make the plan for this model"
+            )
+        wanted = Pattern.parse(choice.prune)
+        if result.setdefault(id(by_name[choice.name].weight), wanted) != wanted:
+            raise ValueError(f"the plan has two patterns for the weight of {choice.name!r}, one of them {wanted}")
+    return result
+
+
+class _Undo:
+    """The tensors that changed, and what they held before."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            if id(tensor) not in self._before:
+                self._before[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for tensor, before in self._before.values():
+                tensor.copy_(before)
+
+
+class _Job:
+    """One call of `sparsify_`, after its arguments were checked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        patterns: dict[int, Pattern],
+        rule: Criterion,
+        refine: Refine | None,
+        settings: Reconstruction | None,
+    ) -> None:
+        self.undo = _Undo()
+        self._model = model
+        self._patterns = patterns
+        self._rule = rule
+        self._refine = refine
+        self._settings = settings
+        self._masks: dict[int, Tensor] = {}
+
+    def run(self, sites: Sequence[Site], calls: list[Call], progress: bool | None) -> None:
+        """Prune all sites, part by part."""
+        blocks = find_blocks(self._model)
+        inside = {id(module) for _, block in blocks for module in block.modules()}
+        outside = [site for site in sites if id(site.module) not in inside]
+        if len(outside) == len(sites):
+            blocks = []
+        if self._settings is not None and not blocks:
+            raise ValueError(
+                "reconstruct needs sites in repeated blocks (a list of modules of one type): there are none"
+            )
+        left = list(sites)
+        console = Console(stderr=True)
+        hide = not (console.is_terminal if progress is None else progress)
+        with Progress(console=console, disable=hide) as bar, calibrating(self._model):
+            task = bar.add_task(f"pruning by {self._rule.name}", total=len(sites))
+            stream = Stream(self._model, calls, blocks, targets=self._settings is not None, whole=bool(outside))
+            for part in stream:
+                modules = {id(module) for module in part.module.modules()}
+                own = [site for site in left if id(site.module) in modules]
+                left = [site for site in left if id(site.module) not in modules]
+                if own:
+                    self._prune_part(part, own)
+                bar.advance(task, len(own))
+                if not left:
+                    break
+
+    def _prune_part(self, part: Part, sites: Sequence[Site]) -> None:
+        # A site that shares its weight with one of an earlier part finds it pruned.
+        sites = [site for site in sites if id(site.weight) not in self._masks]
+        if self._rule.needs == "nothing" and self._refine is None:
+            self.prune(sites, {})
+        else:
+            # The whole model is run once, whatever its depth.
+            for group in stages(part.module, part.calls[0], sites) if part.name else [sites]:
+                self.prune(group, collect(part.module, part.calls, group, gram=self._rule.needs == "gram"))
+        if self._settings is None or not sites:
+            return
+        if part.targets is None:
+            log.info("pruning: %d sites outside of the blocks are not reconstructed", len(sites))
+            return
+        self.undo.keep(*part.module.parameters())
+        masks = {site.weight: self._masks[id(site.weight)] for site in sites}
+        before, after = reconstruct_block(part.module, masks, part.calls, part.targets, settings=self._settings)
+        log.info("pruning: reconstruction of %s: relative error %.4f, before %.4f", part.name, after, before)
+
+    def prune(self, sites: Sequence[Site], known: dict[int, Statistics]) -> None:
+        """Prune sites, all of which are judged before the first of them changes."""
+        unique = {id(site.weight): site for site in sites}
+        results = [(site, self._judge(site, known.get(key))) for key, site in unique.items()]
+        for site, pruned in results:
+            weight = site.weight
+            keep = site.kind.from_matrix(pruned.mask, weight)
+            self.undo.keep(weight)
+            if pruned.weight is not None:
+                weight.copy_(site.kind.from_matrix(pruned.weight, weight))
+            else:
+                weight.masked_fill_(~keep, 0)
+            self._masks[id(weight)] = keep
+
+    def _judge(self, site: Site, known: Statistics | None) -> Pruned:
+        pattern = self._patterns[id(site.weight)]
+        matrix = site.kind.to_matrix(site.weight)
+        try:
+            pruned = self._rule.prune(matrix, pattern, known)
+            if self._refine is None or known is None:
+                return pruned
+            mask = dsnot(matrix, pruned.mask, pattern, known)
+            updated = None if self._rule.update is None else self._rule.update(matrix, pattern, known, mask)
+        except ValueError as error:
+            raise ValueError(f"{site.where} cannot be pruned to {pattern}: {error}") from error
+        return Pruned(mask, updated)

@@ -1,0 +1,115 @@
+"""SparseGPT: prune column by column, and let the columns that follow make up for it.
+
+Frantar and Alistarh 2023, arXiv:2301.00774 (algorithm 1), which makes the optimal brain surgeon's step affordable for
+all rows of a weight at once. With `U` the upper Cholesky factor of the inverse of `H = X^T X + damping`, dropping `w_j`
+costs `w_j^2 / U_jj^2`, and the columns k > j of the row take `-w_j / U_jj * U_jk`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecomp.patterns import Pattern, groups
+from sparsecomp.pruning.statistics import Statistics
+
+DAMPING = 0.01
+"""Share of the mean of the Gram matrix's diagonal that is added to it."""
+
+_WINDOW = 128
+_ATTEMPTS = 6
+
+
+def sparsegpt(
+    weight: Tensor, pattern: Pattern, statistics: Statistics, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Prune a weight and update what is kept.
+
+    Masks are chosen while the update goes on, so that they see it: at every group of M columns for N:M and V:N:M, and
+    for every window of 128 columns where positions are free. Entries that stand or fall together are ranked by the sum
+    of their costs.
+
+    Args:
+        weight: `[O, I]`, floating point.
+        pattern: what may be kept.
+        statistics: with the Gram matrix of the inputs.
+        mask: bool `[O, I]`, entries to keep; chosen by their costs if None.
+
+    Returns:
+        The mask, bool `[O, I]`, and the weight in its own type, zero where the mask is False.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity, or the Gram matrix cannot be factorised.
+    """
+    assert statistics.gram is not None, "collected for this criterion"
+    factor = _inverse_factor(statistics.gram)
+    left = weight.detach().to(factor.dtype, copy=True)
+    if not bool(torch.isfinite(left).all()):
+        raise ValueError("the weight holds NaN or infinity")
+    chooser = _Chooser(pattern, left.shape[1]) if mask is None else None
+    keep = torch.zeros_like(left, dtype=torch.bool) if mask is None else mask
+    unit = pattern.m if pattern.kind in ("nm", "vnm") else pattern.cols
+    width = -(-_WINDOW // unit) * unit
+    for start in range(0, left.shape[1], width):
+        end = min(start + width, left.shape[1])
+        errors = _prune_window(left[:, start:end], keep[:, start:end], factor[start:end, start:end], chooser)
+        left[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+    return keep, left.to(weight.dtype)
+
+
+def _prune_window(window: Tensor, keep: Tensor, factor: Tensor, chooser: _Chooser | None) -> Tensor:
+    """Prune the columns of a window in place, fill in the mask and return the scaled errors `[O, width]`."""
+    errors = torch.zeros_like(window)
+    diagonal = factor.diagonal()
+    step = window.shape[1] if chooser is None else chooser.step or window.shape[1]
+    for start in range(0, window.shape[1], step):
+        end = min(start + step, window.shape[1])
+        if chooser is not None:
+            keep[:, start:end] = chooser.choose((window[:, start:end] / diagonal[start:end]).square())
+        for column in range(start, end):
+            error = window[:, column].masked_fill(keep[:, column], 0) / diagonal[column]
+            window[:, column].masked_fill_(~keep[:, column], 0)
+            window[:, column + 1 :].addr_(error, factor[column, column + 1 :], alpha=-1)
+            errors[:, column] = error
+    return errors
+
+
+class _Chooser:
+    """Chooses masks for one slice of columns after the other, such that together they satisfy the pattern."""
+
+    def __init__(self, pattern: Pattern, columns: int) -> None:
+        self._pattern = pattern
+        self._kept = self._seen = 0
+        # None: as many columns as there are.
+        self.step = {"nm": pattern.m, "vnm": pattern.m}.get(pattern.kind)
+
+    def choose(self, cost: Tensor) -> Tensor:
+        """Mask of the next columns from the cost `[O, columns]` of dropping each entry."""
+        pattern = self._pattern
+        if pattern.sparsity is None:
+            return pattern.mask(cost)
+        units = groups.block_scores(groups.prepare_score(cost), pattern.rows, pattern.cols)
+        # Rounded over all columns so far: shares of slices, each rounded, would not add up to the share of the whole.
+        self._seen += units.numel()
+        count = groups.keep_count(pattern.sparsity, self._seen) - self._kept
+        self._kept += count
+        chosen = groups.top_of_all(units, count)
+        return groups.spread(chosen, pattern.rows, pattern.cols, (cost.shape[0], cost.shape[1]))
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped Gram matrix; more damping where it is close to singular."""
+    scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    hessian = gram / scale
+    damping = DAMPING
+    for _ in range(_ATTEMPTS):
+        hessian.diagonal().copy_(gram.diagonal() / scale + damping)
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        if not int(info):
+            factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(info) and bool(torch.isfinite(factor).all()):
+                return factor
+        damping *= 10
+    raise ValueError(
+        "the Gram matrix of its inputs cannot be factorised, even with much damping: look for huge activations"
+    )
