@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Results, Row, interleave
+from timing import Results, Row, interleave, measure_peak
 from torch import Tensor, nn
 
 import sparsecomp
@@ -101,6 +101,8 @@ def two_threads(model: nn.Module, ids: Tensor, rounds: int, results: Results) ->
         "ms of two": timings.median("sparse 2") / 1e3,
         "ms of one": timings.median("sparse 1") / 1e3,
         "Inductor's gain": timings.speedup("inductor 2", over="inductor 1"),
+        # Near 1 where the two are threads of one core: then nothing that keeps its units busy gains by the second.
+        "gain of the multiply-add peak": measure_peak(2) / measure_peak(1),
     }
     gain = timings.speedup("sparse 2", over="sparse 1")
     results.add(Row("BERT-base, 6 layers, unstructured@0.9, two threads", gain, "x one thread", 1.7, details=details))
