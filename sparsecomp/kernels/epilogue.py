@@ -1,4 +1,4 @@
-"""What follows the sums of a linear while they are still in registers: bias, activation, residual.
+"""What follows the sums of a linear or a convolution while they are still in registers: bias, activation, residual.
 
 Arithmetic is float32 multiply-adds and at most one division, so that every target vectorises it: no call to a math
 library.
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sparsecomp.kernels import tir
 from sparsecomp.kernels.tir import Expr
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish")
 
 # The normal distribution function as 1/2 + z P(t), with z = x clipped to [-5, 5] and t = 2 z^2 / 25 - 1. P is the
 # minimax polynomial of degree 12, by iteratively reweighted least squares on Chebyshev nodes; in t, not in z^2, so that
@@ -40,10 +40,11 @@ _NORMAL = (
 
 @dataclass(frozen=True)
 class Epilogue:
-    """``activation(sum + bias) [+ residual]``."""
+    """``activation(sum + bias) [+ residual]``, or with `residual_first` ``activation(sum + bias + residual)``."""
 
     activation: str = "none"
     residual: bool = False
+    residual_first: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -51,17 +52,25 @@ class Epilogue:
 
     def apply(self, args: tir.Arguments, total: Expr, bias: Expr, at: Expr, lanes: int) -> Expr:
         """The value to store at ``y[at : at + lanes]`` for the sums ``total``."""
-        value = activate(self.activation, tir.bind(total + bias), lanes)
-        return value + tir.load(args["residual"], at, lanes) if self.residual else value
+        value = total + bias
+        if self.residual and self.residual_first:
+            value = value + tir.load(args["residual"], at, lanes)
+        value = activate(self.activation, tir.bind(value), lanes)
+        if self.residual and not self.residual_first:
+            value = value + tir.load(args["residual"], at, lanes)
+        return value
 
     def reference(
         self, total: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], residual: npt.NDArray[np.float32] | None
     ) -> npt.NDArray[np.float32]:
         """The same in NumPy, in float64 inside."""
-        value = activate_reference(self.activation, total.astype(np.float64) + bias)
-        if self.residual:
-            if residual is None:
-                raise ValueError("this epilogue adds a residual, and none was given")
+        if self.residual and residual is None:
+            raise ValueError("this epilogue adds a residual, and none was given")
+        value = total.astype(np.float64) + bias
+        if residual is not None and self.residual and self.residual_first:
+            value = value + residual
+        value = activate_reference(self.activation, value)
+        if residual is not None and self.residual and not self.residual_first:
             value = value + residual
         return value.astype(np.float32)
 
@@ -77,6 +86,12 @@ def activate(activation: str, v: Expr, lanes: int) -> Expr:
     if activation == "relu":
         # Written so that NaN stays NaN, as torch.relu keeps it.
         return tir.select(v < c(0.0), c(0.0), v)
+    if activation == "relu6":
+        # As above: a comparison with NaN is false, so that it passes.
+        return tir.select(v < c(0.0), c(0.0), tir.select(v > c(6.0), c(6.0), v))
+    if activation == "hardswish":
+        # Howard et al., arXiv:1905.02244, section 5.2.
+        return v * tir.minimum(tir.maximum(v + c(3.0), c(0.0)), c(6.0)) * c(1 / 6)
     if activation == "silu":
         return v / (c(1.0) + _exp(c(0.0) - v, lanes))
     if activation == "gelu_tanh":
@@ -116,6 +131,10 @@ def activate_reference(activation: str, v: npt.NDArray[np.float64]) -> npt.NDArr
         return v
     if activation == "relu":
         return np.maximum(v, 0.0)
+    if activation == "relu6":
+        return np.clip(v, 0.0, 6.0)
+    if activation == "hardswish":
+        return v * np.clip(v + 3.0, 0.0, 6.0) / 6.0
     if activation == "silu":
         return v / (1.0 + np.exp(-v))
     if activation == "gelu_tanh":

@@ -163,6 +163,21 @@ def minimum(a: Expr, b: Expr) -> Expr:
     return _tirx().Min(a, b)
 
 
+def both(a: Expr, b: Expr) -> Expr:
+    """Whether both of two scalar conditions hold."""
+    return _tirx().And(a, b)
+
+
+def either(a: Expr, b: Expr) -> Expr:
+    """Whether one of two scalar conditions holds, or both."""
+    return _tirx().Or(a, b)
+
+
+def fence(vector: Expr, lanes: int) -> Expr:
+    """The same vector; LLVM does not see through it and so does not merge what makes it with what uses it."""
+    return bind(llvm_call(f"float32x{lanes}", "llvm.arithmetic.fence", vector))
+
+
 def popcount(value: Expr) -> Expr:
     """Bits that are set."""
     return _tirx().popcount(value)
@@ -196,6 +211,11 @@ def lane(vector: Expr, index: int) -> Expr:
 def shuffle(a: Expr, b: Expr, indices: Sequence[int]) -> Expr:
     """Lanes picked from ``a`` followed by ``b``."""
     return _tirx().Shuffle([a, b], [_tirx().IntImm("int32", i) for i in indices])
+
+
+def repeat(vector: Expr, lanes: int, times: int) -> Expr:
+    """A vector of so many lanes, several times over."""
+    return _tirx().Shuffle([vector] * times, [_tirx().IntImm("int32", i) for i in range(lanes * times)])
 
 
 def llvm_call(dtype: str, intrinsic: str, *args: Expr) -> Expr:

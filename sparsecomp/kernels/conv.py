@@ -1,0 +1,384 @@
+"""The convolution kernel: NCHW in and out, output positions in the vector lanes, no im2col of the whole map.
+
+A tile is a run of output positions, counted over a map row by row with `pitch` positions to a row. For one block of the
+weight's columns (a column is an input channel and a tap of the kernel window) the tile's input is packed into scratch,
+one aligned row for each column, small enough for the L1 cache; all output channels then use it, so that packing costs
+little. With the stride taken out beforehand (see :func:`build_open`) the input of a tap is the map moved by a constant,
+whatever the tap: packing is one unaligned load and one `and` with a mask that clears what lies outside of the map.
+
+Rows of the weight come in quads, see `sparsecomp.patterns.quads`. The sums of a quad go to scratch between blocks and,
+with the epilogue, to y after the last one: in NCHW the lanes are what lies next to each other in y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsecomp.kernels import tir
+from sparsecomp.kernels.epilogue import Epilogue
+from sparsecomp.patterns.quads import QUAD, QUAD_FIELDS, QuadWeight
+
+WEIGHTS = ("float32", "uint64", "int32", "int32")  # values, words, quads, table
+DIMS = (
+    "planes",
+    "plane",
+    "rows",
+    "pitch",
+    "length",
+    "run",
+    "run_pitch",
+    "runs",
+    "images",
+    "outputs",
+    "total",
+    "columns",
+    "block",
+    "block_floats",
+    "blocks",
+    "chunk",
+    "group_chunks",
+    "group_rows",
+    "group_planes",
+    "taps",
+    "splits",
+    "parts",
+    "image_tiles",
+)
+TABLE_FIELDS = 4
+_SPARE = 16  # floats behind a row that a whole vector may write to
+
+
+@dataclass(frozen=True)
+class ConvSchedule:
+    """Register shape and form of the kernel.
+
+    Attributes:
+        lanes: float32 in a vector.
+        vectors: vectors of positions for each of the four rows of a quad.
+        masked: whether taps reach outside of the map; false for windows of 1 x 1 without padding.
+        whole: whether a tile lies within one image whose positions all count; else tiles run on over the images and
+            the sums are stored run by run, which small maps and maps with unused columns need.
+        spread: `load` broadcasts each weight from memory; `shuffle` loads four at once, for CPUs whose loads are scarcer
+            than shuffles.
+    """
+
+    lanes: int
+    vectors: int
+    masked: bool
+    whole: bool
+    spread: str
+
+    @property
+    def tile(self) -> int:
+        """Positions of a tile."""
+        return self.lanes * self.vectors
+
+    @property
+    def mask_row(self) -> int:
+        """Floats of a row of masks: a vector may begin at every lane of the tile."""
+        return self.tile + _SPARE
+
+
+def weights(packed: QuadWeight, table: npt.NDArray[np.int32]) -> list[npt.NDArray[np.generic]]:
+    """The arrays that the kernel takes as `w0`..`w3`.
+
+    Args:
+        packed: the weight, its columns channel by channel, in each tap by tap.
+        table: int32 `[columns, 4]`: plane within the group, rows and columns that the tap is moved by, number of the tap.
+    """
+    return [packed.values, packed.words, packed.quads, np.concatenate([table.reshape(-1), packed.starts])]
+
+
+def scratch_floats(schedule: ConvSchedule, block: int, chunk: int, chunks: int, taps: int) -> int:
+    """Scratch of one thread: the packed block, the sums of so many chunks each with a spare row, coordinates, masks."""
+    tile = schedule.tile
+    return block * tile + _SPARE + chunks * (chunk + 1) * tile + (2 + taps) * schedule.mask_row
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Where a work item is: its first position (within the image if whole), its image, its group, its scratch."""
+
+    first: tir.Expr
+    image: tir.Expr
+    group: tir.Expr
+    sums: tir.Expr
+    masks: tir.Expr
+
+
+def build(schedule: ConvSchedule, epilogue: Epilogue) -> tir.Expr:
+    """The kernel in TIR. Item i is tile `i // parts`, for split `i % splits` of the chunks of group `i % parts // splits`."""
+    builder = tir.KernelBuilder("conv", WEIGHTS)
+    tile = schedule.tile
+    with builder.build() as args:
+        d = dict(zip(DIMS, args.sizes(*DIMS), strict=True))
+        with tir.loop(args.end - args.begin) as step:
+            item = tir.bind(args.begin + step)
+            index, part = tir.bind(tir.floor_div(item, d["parts"])), tir.bind(tir.floor_mod(item, d["parts"]))
+            group, split = tir.bind(tir.floor_div(part, d["splits"])), tir.bind(tir.floor_mod(part, d["splits"]))
+            first_chunk = tir.bind(tir.floor_div(split * d["group_chunks"], d["splits"]))
+            chunks = tir.bind(tir.floor_div((split + 1) * d["group_chunks"], d["splits"]) - first_chunk)
+            if schedule.whole:
+                image = tir.bind(tir.floor_div(index, d["image_tiles"]))
+                # The last tile of an image ends with it and computes some positions again.
+                first = tir.bind(tir.minimum(tir.floor_mod(index, d["image_tiles"]) * tile, d["length"] - tile))
+            else:
+                first = tir.bind(index * tile)
+                image = tir.bind(tir.floor_div(first, d["length"]))
+            sums = tir.bind(d["block_floats"] + _SPARE)
+            masks = tir.bind(sums + tir.ceil_div(d["group_chunks"], d["splits"]) * (d["chunk"] + 1) * tile)
+            place = _Tile(first, image, group, sums, masks)
+            if schedule.masked:
+                _make_masks(args, schedule, d, place)
+            with tir.loop(d["blocks"]) as block:
+                _pack_block(args, schedule, d, place, block)
+                with tir.loop(chunks) as c:
+                    chunk = tir.bind(group * d["group_chunks"] + first_chunk + c)
+                    start = tir.bind(TABLE_FIELDS * d["columns"] + chunk * d["blocks"] + block)
+                    begin, end = tir.bind(args["w3"][start]), tir.bind(args["w3"][start + 1])
+                    row = tir.bind(group * d["group_rows"] + (first_chunk + c) * d["chunk"])
+                    waiting = tir.bind(sums + c * (d["chunk"] + 1) * tile)
+                    with tir.loop(end - begin) as q:
+                        _quad(args, schedule, epilogue, d, place, tir.bind(begin + q), block, (row, waiting))
+            if not schedule.whole:
+                with tir.loop(chunks) as c:
+                    row = tir.bind((first_chunk + c) * d["chunk"])
+                    rows = tir.bind(tir.minimum(d["chunk"], d["group_rows"] - row))
+                    waiting = tir.bind(sums + c * (d["chunk"] + 1) * tile)
+                    with tir.loop(rows) as r:
+                        output = tir.bind(group * d["group_rows"] + row + r)
+                        _store_runs(args, schedule, epilogue, d, place, output, tir.bind(waiting + r * tile))
+    return builder.function
+
+
+def _make_masks(args: tir.Arguments, schedule: ConvSchedule, d: dict[str, tir.Expr], place: _Tile) -> None:
+    """For every tap and lane all bits set where the tap lies within the map, none where it does not."""
+    lanes, row, scratch = schedule.lanes, schedule.mask_row, args["scratch"]
+    ys, xs = place.masks, tir.bind(place.masks + row)
+    inside = tir.bind(place.first if schedule.whole else place.first - place.image * d["length"])
+    at = tir.registers(2, "int32")
+    tir.store(at, 0, tir.floor_div(inside, d["pitch"]))
+    tir.store(at, 1, tir.floor_mod(inside, d["pitch"]))
+    with tir.loop(row) as lane:
+        tir.store(scratch, ys + lane, tir.reinterpret("float32", at[0]))
+        tir.store(scratch, xs + lane, tir.reinterpret("float32", at[1]))
+        tir.store(at, 1, at[1] + 1)
+        with tir.when(at[1] == d["pitch"]):
+            tir.store(at, 1, tir.const(0, "int32"))
+            tir.store(at, 0, at[0] + 1)
+            if not schedule.whole:
+                with tir.when(at[0] * d["pitch"] == d["length"]):
+                    tir.store(at, 0, tir.const(0, "int32"))
+    kind = f"int32x{lanes}"
+    zero, ones = tir.const(0, "int32", lanes), tir.const(-1, "int32", lanes)
+    with tir.loop(d["taps"]) as tap:
+        dy, dx = (tir.bind(tir.splat(args["w3"][tap * TABLE_FIELDS + i], lanes)) for i in (1, 2))
+        target = tir.bind(xs + (tap + 1) * row)
+        rows, pitch = tir.splat(d["rows"], lanes), tir.splat(d["pitch"], lanes)
+        with tir.loop(row // lanes) as v:
+            y = tir.bind(tir.reinterpret(kind, tir.load(scratch, ys + v * lanes, lanes)) + dy)
+            x = tir.bind(tir.reinterpret(kind, tir.load(scratch, xs + v * lanes, lanes)) + dx)
+            mask = tir.select(y < zero, zero, tir.select(y < rows, ones, zero))
+            mask = tir.select(x < zero, zero, tir.select(x < pitch, mask, zero))
+            tir.store(scratch, target + v * lanes, tir.reinterpret(f"float32x{lanes}", mask), lanes)
+
+
+def _pack_block(
+    args: tir.Arguments, schedule: ConvSchedule, d: dict[str, tir.Expr], place: _Tile, block: tir.Expr
+) -> None:
+    """Pack the input of a tile for the columns of a block: `block` rows of `tile` floats."""
+    tile = schedule.tile
+    first_column = tir.bind(block * d["block"])
+    with tir.loop(tir.minimum(d["block"], d["columns"] - first_column)) as r:
+        entry = tir.bind((first_column + r) * TABLE_FIELDS)
+        plane = tir.bind(place.group * d["group_planes"] + args["w3"][entry])
+        moved, mask = tir.const(0, "int32"), place.masks
+        if schedule.masked:
+            moved = tir.bind(args["w3"][entry + 1] * d["pitch"] + args["w3"][entry + 2])
+            mask = tir.bind(place.masks + (args["w3"][entry + 3] + 2) * schedule.mask_row)
+        target = tir.bind(r * tile)
+        if schedule.whole:
+            source = tir.bind((place.image * d["planes"] + plane) * d["plane"] + place.first + moved)
+            _pack_row(args, schedule, d, (source, target, mask), schedule.vectors)
+        else:
+            last = tir.bind(tir.minimum(tir.floor_div(place.first + tile - 1, d["length"]), d["images"] - 1))
+            with tir.loop(last + 1 - place.image) as i:
+                image = tir.bind(place.image + i)
+                # A run's last vector may write past its end: the next run, or the next row, comes after and is right.
+                lane = tir.bind(tir.maximum(image * d["length"] - place.first, 0))
+                stop = tir.bind(tir.minimum((image + 1) * d["length"] - place.first, tile))
+                position = tir.bind(place.first + lane - image * d["length"] + moved)
+                source = tir.bind((image * d["planes"] + plane) * d["plane"] + position)
+                vectors = tir.ceil_div(stop - lane, schedule.lanes)
+                _pack_row(args, schedule, d, (source, tir.bind(target + lane), tir.bind(mask + lane)), vectors)
+
+
+def _pack_row(
+    args: tir.Arguments,
+    schedule: ConvSchedule,
+    d: dict[str, tir.Expr],
+    places: tuple[tir.Expr, tir.Expr, tir.Expr],
+    vectors: tir.Expr | int,
+) -> None:
+    """Copy so many vectors from x to the tile, both given by their first float, through the mask."""
+    lanes, x, scratch = schedule.lanes, args["x"], args["scratch"]
+    source, target, mask = places
+
+    def masked(value: tir.Expr, at: tir.Expr, width: int) -> tir.Expr:
+        if not schedule.masked:
+            return value
+        bits, kind = (f"{name}x{width}" if width > 1 else name for name in ("int32", "float32"))
+        kept = tir.reinterpret(bits, tir.load(scratch, mask + at, width))
+        return tir.reinterpret(kind, tir.reinterpret(bits, value) & kept)
+
+    def copy_vectors() -> None:
+        if isinstance(vectors, int):
+            for v in range(vectors):
+                at = v * lanes
+                tir.store(scratch, target + at, masked(tir.load(x, source + at, lanes), at, lanes), lanes)
+        else:
+            with tir.loop(vectors) as v:
+                at = tir.bind(v * lanes)
+                tir.store(scratch, target + at, masked(tir.load(x, source + at, lanes), at, lanes), lanes)
+
+    if schedule.whole and not schedule.masked:
+        copy_vectors()
+        return
+    stop = tir.bind(source + vectors * lanes)
+    with tir.when(tir.both(source >= 0, stop <= d["total"])):
+        copy_vectors()
+    # Near both ends of x a vector would read outside of it.
+    with tir.when(tir.either(source < 0, stop > d["total"])), tir.loop(stop - source) as lane:
+        inside = tir.bind(tir.maximum(tir.minimum(source + lane, d["total"] - 1), 0))
+        tir.store(scratch, target + lane, masked(tir.load(x, inside), lane, 1))
+
+
+def _quad(
+    args: tir.Arguments,
+    schedule: ConvSchedule,
+    epilogue: Epilogue,
+    d: dict[str, tir.Expr],
+    place: _Tile,
+    quad: tir.Expr,
+    block: tir.Expr,
+    target: tuple[tir.Expr, tir.Expr],
+) -> None:
+    """Add one block of columns to the sums of four rows; after the last block finish them."""
+    lanes, tile, vectors, scratch = schedule.lanes, schedule.tile, schedule.vectors, args["scratch"]
+    first_row, sums = target
+    value0, word0, shared, own, *rows = (tir.bind(args["w2"][quad * QUAD_FIELDS + i]) for i in range(QUAD_FIELDS))
+    waiting = [tir.bind(sums + row * tile) for row in rows]
+    total = tir.registers(QUAD * tile)
+    slots = [(member, v * lanes, member * tile + v * lanes) for member in range(QUAD) for v in range(vectors)]
+    with tir.when(block == 0):
+        for _, _, slot in slots:
+            tir.store(total, slot, tir.const(0.0, lanes=lanes), lanes)
+    with tir.when(block > 0):
+        for member, at, slot in slots:
+            tir.store(total, slot, tir.load(scratch, waiting[member] + at, lanes), lanes)
+
+    def column(word: tir.Expr, place: int) -> tir.Expr:
+        shifted = word >> tir.const(16 * place, "uint64") if place else word
+        low = shifted & tir.const(0xFFFF, "uint64") if place < QUAD - 1 else shifted
+        return tir.bind(tir.cast("int64", low) * tir.const(tile, "int64"))
+
+    def add(members: tuple[int, ...], factors: list[tir.Expr], at: tir.Expr) -> None:
+        for v in range(vectors):
+            activation = tir.load(scratch, at + tir.const(v * lanes, "int64"), lanes)
+            activation = tir.bind(activation) if len(members) > 1 else activation
+            for member in members:
+                slot = member * tile + v * lanes
+                tir.store(total, slot, tir.load(total, slot, lanes) + factors[member] * activation, lanes)
+
+    with tir.loop(shared) as i:
+        word = tir.bind(args["w1"][word0 + i])
+        for half in (0, 1):
+            factors = _factors(args, schedule, tir.bind(value0 + i * (2 * QUAD) + half * QUAD))
+            add((0, 1), factors, column(word, 2 * half))
+            add((2, 3), factors, column(word, 2 * half + 1))
+    value1, word1 = tir.bind(value0 + shared * (2 * QUAD)), tir.bind(word0 + shared)
+    with tir.loop(own) as i:
+        word = tir.bind(args["w1"][word1 + i])
+        factors = _factors(args, schedule, tir.bind(value1 + i * QUAD))
+        for member in range(QUAD):
+            add((member,), factors, column(word, member))
+
+    def keep() -> None:
+        for member, at, slot in slots:
+            tir.store(scratch, waiting[member] + at, tir.load(total, slot, lanes), lanes)
+
+    if not schedule.whole:
+        keep()
+        return
+    with tir.when(block < d["blocks"] - 1):
+        keep()
+    with tir.when(block == d["blocks"] - 1):
+        for member in range(QUAD):
+            output = tir.bind(first_row + rows[member])
+            with tir.when(rows[member] < d["chunk"]):
+                at = tir.bind((place.image * d["outputs"] + output) * d["length"] + place.first)
+                for v in range(vectors):
+                    value = tir.load(total, member * tile + v * lanes, lanes)
+                    _finish(args, epilogue, d, value, output, at + v * lanes, lanes)
+
+
+def _factors(args: tir.Arguments, schedule: ConvSchedule, at: tir.Expr) -> list[tir.Expr]:
+    """Four weights, each in every lane."""
+    lanes, values = schedule.lanes, args["w0"]
+    if schedule.spread == "load":
+        return [tir.bind(tir.splat(values[at + member], lanes)) for member in range(QUAD)]
+    four = tir.load(values, at, QUAD)
+    # The fence keeps LLVM from making four loads of it again.
+    repeated = tir.fence(tir.repeat(four, QUAD, lanes // QUAD), lanes)
+    return [
+        tir.bind(tir.shuffle(repeated, repeated, [i - i % QUAD + member for i in range(lanes)]))
+        for member in range(QUAD)
+    ]
+
+
+def _finish(
+    args: tir.Arguments,
+    epilogue: Epilogue,
+    d: dict[str, tir.Expr],
+    value: tir.Expr,
+    output: tir.Expr,
+    at: tir.Expr,
+    lanes: int,
+) -> None:
+    """Scale, shift and the epilogue; store to y."""
+    scale = tir.splat(args["bias"][d["outputs"] + output], lanes)
+    shift = tir.splat(args["bias"][output], lanes)
+    tir.store(args["y"], at, epilogue.apply(args, value * scale, shift, at, lanes), lanes)
+
+
+def _store_runs(
+    args: tir.Arguments,
+    schedule: ConvSchedule,
+    epilogue: Epilogue,
+    d: dict[str, tir.Expr],
+    place: _Tile,
+    output: tir.Expr,
+    sums: tir.Expr,
+) -> None:
+    """Finish the sums of one row of the weight: of each run in the tile, the positions that count."""
+    lanes, tile, scratch = schedule.lanes, schedule.tile, args["scratch"]
+    first_run = tir.bind(tir.floor_div(place.first, d["run_pitch"]))
+    last_run = tir.floor_div(place.first + tile - 1, d["run_pitch"])
+    last_run = tir.bind(tir.minimum(last_run, d["images"] * d["runs"] - 1))
+    with tir.loop(last_run + 1 - first_run) as i:
+        run = tir.bind(first_run + i)
+        lane = tir.bind(tir.maximum(run * d["run_pitch"] - place.first, 0))
+        within = tir.bind(place.first + lane - run * d["run_pitch"])
+        count = tir.bind(tir.maximum(tir.minimum(d["run"] - within, tile - lane), 0))
+        image, number = tir.floor_div(run, d["runs"]), tir.floor_mod(run, d["runs"])
+        at = tir.bind(((image * d["outputs"] + output) * d["runs"] + number) * d["run"] + within)
+        full = tir.bind(tir.floor_div(count, lanes))
+        with tir.loop(full) as v:
+            value = tir.load(scratch, sums + lane + v * lanes, lanes)
+            _finish(args, epilogue, d, value, output, tir.bind(at + v * lanes), lanes)
+        with tir.loop(count - full * lanes) as rest:
+            done = tir.bind(full * lanes + rest)
+            _finish(args, epilogue, d, scratch[sums + lane + done], output, tir.bind(at + done), 1)
