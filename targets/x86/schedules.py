@@ -26,6 +26,7 @@ class Call:
         tiles: tiles of tokens that the whole call computes, the last perhaps not full.
         splits: parts that the rows (or panels) are cut into, so that every thread has work.
         group: tokens of an item (panel kernel).
+        parts: chunks of rows (or panels) that the splits are made of.
         items: work items.
     """
 
@@ -33,36 +34,38 @@ class Call:
     tiles: int
     splits: int
     group: int
+    parts: int
     items: int
 
     def share(self, threads: int) -> float:
-        """The largest part of the work that one thread gets."""
-        return math.ceil(self.items / max(threads, 1)) / max(self.items, 1)
+        """The largest part of the work that one thread gets; parts are whole, so splits may be of unequal size."""
+        largest = math.ceil(self.items / threads) * math.ceil(self.parts / self.splits)
+        return min(1.0, largest / (self.items // self.splits * self.parts))
 
 
 def row_packing(level: Level, shape: tuple[int, int], l1: int) -> dict[str, int]:
     """`chunk` and `block` for `RowWeight.pack`: even chunks; even blocks whose part of the tile fits the L1 cache."""
-    chunk = _even(shape[0], level.chunk)
     columns = max(1, int(level.l1_share * l1) // (4 * level.lanes * level.vectors))
     blocks = max(1, math.ceil(shape[1] / columns))
-    # Whole vectors of rows, so that the transposes back have no rest but the last.
-    chunk = math.ceil(chunk / level.lanes) * level.lanes
-    return {"chunk": chunk, "block": min(max(1, math.ceil(shape[1] / blocks)), 65536)}
+    return {"chunk": _chunk(level, shape[0]), "block": min(max(1, math.ceil(shape[1] / blocks)), 65536)}
 
 
-def _even(size: int, most: int) -> int:
-    """The size of the parts when as few as possible of at most that size are made."""
-    return max(1, math.ceil(size / max(1, math.ceil(size / most))))
+def _chunk(level: Level, outputs: int) -> int:
+    """Rows of a chunk: whole vectors, and an even number of chunks where there are several, for two or four threads."""
+    chunks = math.ceil(outputs / level.chunk)
+    if chunks > 1:
+        chunks += chunks % 2
+    return math.ceil(outputs / chunks / level.lanes) * level.lanes
 
 
 def row_call(level: Level, tokens: int, shape: tuple[int, int], threads: int) -> Call:
     """The variant with the least work for the busiest thread: wide tiles cost less per token, if they are full."""
-    parts = math.ceil(shape[0] / level.chunk)
+    parts = math.ceil(shape[0] / _chunk(level, shape[0]))
 
     def cut(vectors: int) -> Call:
         tiles = math.ceil(tokens / (vectors * level.lanes))
         splits = _splits(tiles, parts, threads)
-        return Call(vectors, tiles, splits, 0, tiles * splits)
+        return Call(vectors, tiles, splits, 0, parts, tiles * splits)
 
     def work(call: Call) -> float:
         return call.share(threads) * call.tiles * (call.variant + ROW_STEP_COST)
@@ -109,5 +112,6 @@ def panel_call(level: Level, v: int, tokens: int, shape: tuple[int, int], thread
         groups = math.ceil(groups / threads) * threads
     group = math.ceil(tiles / groups) * tile
     groups = math.ceil(tokens / group)
-    splits = 1 if groups >= threads else min(threads, max(1, math.ceil(shape[0] / v)))
-    return Call(tile, tiles, splits, group, groups * splits)
+    panels = max(1, math.ceil(shape[0] / v))
+    splits = 1 if groups >= threads else min(threads, panels)
+    return Call(tile, tiles, splits, group, panels, groups * splits)

@@ -33,7 +33,7 @@ def test_row_calls(level: cpu.Level, tokens: int, shape: tuple[int, int], thread
     assert 1 <= call.variant <= level.vectors
     assert (call.tiles - 1) * tile < tokens <= call.tiles * tile
     assert call.items == call.tiles * call.splits
-    assert call.splits <= min(threads, math.ceil(shape[0] / level.chunk))
+    assert call.splits <= min(threads, call.parts)
 
 
 @given(LEVELS, TOKENS, SHAPES)
@@ -47,7 +47,7 @@ def test_blocks_of_rows_fit_the_first_cache(level: cpu.Level, shape: tuple[int, 
     packing = schedules.row_packing(level, shape, l1)
     assert packing["chunk"] % level.lanes == 0
     assert packing["chunk"] <= level.chunk
-    assert math.ceil(shape[0] / packing["chunk"]) == math.ceil(shape[0] / level.chunk)
+    assert math.ceil(shape[0] / packing["chunk"]) == schedules.row_call(level, 1, shape, 1).parts
     assert 1 <= packing["block"] <= min(shape[1], 65536)
     assert packing["block"] * 4 * level.lanes * level.vectors <= level.l1_share * l1
     blocks = math.ceil(shape[1] / packing["block"])
@@ -98,6 +98,13 @@ def test_threads_without_tokens_of_their_own_get_rows() -> None:
     level = cpu.level("avx2")
     assert schedules.row_call(level, 8, (8 * level.chunk, 256), 4).splits == 4
     assert schedules.panel_call(level, 8, 4, (256, 256), 4).splits == 4
+
+
+def test_three_chunks_are_made_four_for_two_threads() -> None:
+    level = cpu.level("avx512")
+    call = schedules.row_call(level, 128, (3 * level.chunk, 768), 2)
+    assert call.parts == 4
+    assert call.share(2) == 0.5
 
 
 def test_one_tile_and_one_chunk_are_cut_finer_for_two_threads() -> None:
