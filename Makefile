@@ -53,7 +53,7 @@ $(STAMPS)/demo: $(STAMPS)/venv $(PACKAGING)
 	touch $@
 
 $(STAMPS)/dev: $(STAMPS)/demo
-	$(PIP) -e '.[models,dev]'
+	$(PIP) -e '.[models,onnx,dev]'
 	touch $@
 
 clean:

@@ -64,13 +64,7 @@ def load_or_build(key: str, write_input: Callable[[Path], Path], flags: Sequence
     """
     with _lock:
         if key not in _loaded:
-            folder = cache_dir() / "kernels"
-            path = folder / f"{key}.so"
-            reason = _unsound(path)
-            if reason is not None:
-                if reason != _ABSENT:
-                    log.warning("%s is built again: %s", path, reason)
-                path = _build(key, folder, write_input, flags)
+            path = _find_or_make(f"{key}.so", lambda folder: link([write_input(folder)], folder / "linked.so", flags))
             try:
                 _loaded[key] = ctypes.CDLL(str(path))
             except OSError as error:
@@ -79,6 +73,32 @@ def load_or_build(key: str, write_input: Callable[[Path], Path], flags: Sequence
                     f"another folder"
                 ) from error
         return _loaded[key]
+
+
+def object_file(key: str, write_object: Callable[[Path], Path]) -> Path:
+    """The object file of a key, from the cache or made now: for a library that is linked of several.
+
+    Args:
+        key: from `key_of`.
+        write_object: writes the object into the folder it is given and returns its path.
+
+    Raises:
+        BuildError: it could not be written.
+    """
+    with _lock:
+        return _find_or_make(f"{key}.o", write_object)
+
+
+def _find_or_make(name: str, make: Callable[[Path], Path]) -> Path:
+    """The sound file of a name in the cache, or made now."""
+    folder = cache_dir() / "kernels"
+    path = folder / name
+    reason = _unsound(path)
+    if reason is None:
+        return path
+    if reason != _ABSENT:
+        log.warning("%s is built again: %s", path, reason)
+    return _build(name, folder, make)
 
 
 def _unsound(path: Path) -> str | None:
@@ -102,26 +122,25 @@ def _unsound(path: Path) -> str | None:
     return None
 
 
-def _build(key: str, folder: Path, write_input: Callable[[Path], Path], flags: Sequence[str]) -> Path:
-    """Link into the cache; where that cannot be written, into a private folder that lasts as long as the process."""
+def _build(name: str, folder: Path, make: Callable[[Path], Path]) -> Path:
+    """Make a file in the cache; where that cannot be written, in a private folder that lasts as long as the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        work = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder))
+        work = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=folder))
     except OSError as error:
         work = Path(tempfile.mkdtemp(prefix="sparsecomp."))
         log.warning("the kernel cache %s cannot be written (%s): kernels are kept in %s", folder, error, work)
         folder = work
-    path = folder / f"{key}.so"
+    path = folder / name
     try:
-        linked = work / "linked.so"
-        _compile(write_input(work), linked, flags)
-        linked.chmod(0o600)
-        (work / "digest").write_text(hashlib.sha256(linked.read_bytes()).hexdigest())
+        made = make(work)
+        made.chmod(0o600)
+        (work / "digest").write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         (work / "digest").chmod(0o600)
         # Two renames are not one step: a reader between them finds a digest that does not fit, and builds for itself.
         os.replace(work / "digest", path.with_suffix(".sha256"))
-        os.replace(linked, path)
+        os.replace(made, path)
     except OSError as error:
         raise BuildError(f"a kernel cannot be written to {folder}: {error}") from error
     finally:
@@ -130,15 +149,21 @@ def _build(key: str, folder: Path, write_input: Callable[[Path], Path], flags: S
     return path
 
 
-def _compile(source: Path, output: Path, flags: Sequence[str]) -> None:
+def link(inputs: Sequence[Path], output: Path, flags: Sequence[str] = ()) -> Path:
+    """Make a shared object of C sources and object files; returns its path.
+
+    Raises:
+        BuildError: there is no C compiler, or it failed.
+    """
     compiler = _compiler()
-    command = [compiler, "-shared", "-fPIC", "-O2", "-o", str(output), str(source), *flags]
+    command = [compiler, "-shared", "-fPIC", "-O2", "-o", str(output), *map(str, inputs), *flags]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_LINK_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{compiler} did not finish within {_LINK_SECONDS} s: {' '.join(command)}") from error
     if result.returncode:
         raise BuildError(f"{' '.join(command)} failed with code {result.returncode}:\n{result.stderr[:4000]}")
+    return output
 
 
 def _compiler() -> str:

@@ -75,19 +75,24 @@ def function_of(source: KernelSource) -> ctypes.c_void_p:
     Raises:
         BuildError: it could not be built here.
     """
-
-    def write(folder: Path) -> Path:
-        from sparsecomp.kernels import tir  # brings TVM: only when there is something to build
-
-        code, assembly = tir.compile_object(source.build(), source.name, dict(source.target))
-        path = folder / "kernel.o"
-        path.write_bytes(code)
-        (folder / "kernel.s").write_text(assembly)
-        return path
-
-    key = key_of(source.name, source.identity, repr(sorted(source.target.items())), _versions())
-    library = load_or_build(key, write)
+    library = load_or_build(key_of_kernel(source), lambda folder: write_kernel(source, folder))
     return ctypes.cast(getattr(library, source.name), ctypes.c_void_p)
+
+
+def key_of_kernel(source: KernelSource) -> str:
+    """The key of a kernel in the cache: everything that shapes it."""
+    return key_of(source.name, source.identity, repr(sorted(source.target.items())), _versions())
+
+
+def write_kernel(source: KernelSource, folder: Path) -> Path:
+    """Compile a kernel to an object file in a folder; returns its path."""
+    from sparsecomp.kernels import tir  # brings TVM: only when there is something to build
+
+    code, assembly = tir.compile_object(source.build(), source.name, dict(source.target))
+    path = folder / "kernel.o"
+    path.write_bytes(code)
+    (folder / "kernel.s").write_text(assembly)
+    return path
 
 
 def assembly_of(source: KernelSource) -> str:

@@ -13,6 +13,8 @@ from sparsecomp.targets.x86.cpu import Level
 ROW_STEP_COST = 0.3
 # The same for a kept column of a panel, in tokens: the weights' own loads.
 PANEL_STEP_COST = 0.7
+ROW_VECTORS = (1, 2, 4, 8)
+"""Vectors of tokens that the row kernel is built for, up to those of the level."""
 GROUP_TOKENS = 96
 """Tokens that meet a panel while its weights are in the L2 cache."""
 
@@ -70,7 +72,7 @@ def row_call(level: Level, tokens: int, shape: tuple[int, int], threads: int) ->
     def work(call: Call) -> float:
         return call.share(threads) * call.tiles * (call.variant + ROW_STEP_COST)
 
-    calls = [cut(v) for v in (1, 2, 4, 8) if v <= level.vectors]
+    calls = [cut(v) for v in ROW_VECTORS if v <= level.vectors]
     return min(calls, key=lambda call: (work(call), -call.variant))
 
 

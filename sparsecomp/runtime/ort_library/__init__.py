@@ -1,0 +1,124 @@
+"""A native library of custom operations for a stock ONNX Runtime: the C sources beside this file and a model's kernels.
+
+`build` generates the table of the operations that a model uses, compiles their kernels (each once, they are cached) and
+links all of it to one shared object that needs nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsecomp.runtime.cache import cache_dir, key_of, link, object_file
+from sparsecomp.runtime.launch import KernelSource, key_of_kernel, write_kernel
+
+DOMAIN = "ai.sparsecomp"
+"""Domain of the custom operations."""
+
+_SOURCES = ("library.c", "weights.c", "cut.c")
+_HERE = Path(__file__).parent
+_FLAGS = ("-std=gnu11", "-Wall", "-fvisibility=hidden", "-pthread", "-Wl,-z,noexecstack", "-s")
+
+
+@dataclass(frozen=True)
+class OrtOperation:
+    """An operation to register: one kernel family with one epilogue.
+
+    Attributes:
+        name: type of the operation, unique in its domain.
+        family: `rows`, `panel`, `gather` or `mask`.
+        bias: whether a bias is an input.
+        residual: whether a residual is an input.
+        indexed: whether the places of the values are inputs too, which the library does not read.
+        lanes: float32 in a vector.
+        v: rows of a panel (panel), entries of a group (gather), else 1.
+        kernels: by the number that `cut.c` chooses by, ascending.
+    """
+
+    name: str
+    family: str
+    bias: bool
+    residual: bool
+    indexed: bool
+    lanes: int
+    v: int
+    kernels: tuple[tuple[int, KernelSource], ...]
+
+
+@dataclass(frozen=True)
+class OrtTarget:
+    """What the library has to know of the hardware.
+
+    Attributes:
+        name: for messages.
+        needs: features of the CPU, as the C compiler's `__builtin_cpu_supports` calls them.
+        constants: numbers of the schedules by name, for `cut.c`.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    constants: Mapping[str, float]
+
+
+def build(operations: Sequence[OrtOperation], target: OrtTarget, output: Path) -> None:
+    """Write the library.
+
+    Args:
+        operations: to register; at least one.
+        target: of the kernels.
+        output: the shared object, written whole or not at all.
+
+    Raises:
+        BuildError: a kernel or the library could not be built here.
+        OSError: the file cannot be written.
+    """
+    sources = {source.name: source for operation in operations for _, source in operation.kernels}
+    objects = [
+        object_file(key_of("object", key_of_kernel(source)), functools.partial(write_kernel, source))
+        for source in sources.values()
+    ]
+    with tempfile.TemporaryDirectory(dir=_work_folder()) as name:
+        folder = Path(name)
+        for path in (*_HERE.glob("*.c"), *_HERE.glob("*.h")):
+            shutil.copy(path, folder)
+        (folder / "ops.h").write_text(_table(operations, target))
+        made = link([*(folder / source for source in _SOURCES), *objects], folder / "linked.so", _FLAGS)
+        made.chmod(0o644)
+        temporary = output.with_name(f".{output.name}.{os.getpid()}")
+        try:
+            shutil.copy2(made, temporary)
+            os.replace(temporary, output)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _work_folder() -> Path | None:
+    """The cache, where it is there: temporary folders may be mounted noexec or small."""
+    folder = cache_dir()
+    return folder if folder.is_dir() and os.access(folder, os.W_OK) else None
+
+
+def _table(operations: Sequence[OrtOperation], target: OrtTarget) -> str:
+    """`ops.h`: what the C sources are told of the model and the target."""
+    symbols = {source.name: None for operation in operations for _, source in operation.kernels}
+    lines = [f'#define TARGET "{target.name}"', f'#define DOMAIN "{DOMAIN}"']
+    lines += [f"#define {name.upper()} {value}" for name, value in target.constants.items()]
+    checks = " ".join(f'if (!__builtin_cpu_supports("{need}")) missing = "{need}";' for need in target.needs)
+    lines.append(f"#define CHECK_CPU(missing) do {{ {checks} }} while (0)")
+    lines += [f"extern KernelFunction {symbol};" for symbol in symbols]
+    for index, operation in enumerate(operations):
+        variants = ", ".join(f"{{{number}, {source.name}}}" for number, source in operation.kernels)
+        lines.append(f"static const Variant VARIANTS{index}[] __attribute__((unused)) = {{{variants}}};")
+    entries = []
+    for index, o in enumerate(operations):
+        flags = ", ".join(str(int(flag)) for flag in (o.bias, o.residual, o.indexed))
+        entries.append(
+            f'{{"{o.name}", {o.family.upper()}, {flags}, {o.lanes}, {o.v}, VARIANTS{index}, {len(o.kernels)}}},'
+        )
+    lines += ["static const Entry ENTRIES[] __attribute__((unused)) = {", *entries, "};"]
+    return "\n".join(["/* Generated. */", *lines]) + "\n"
