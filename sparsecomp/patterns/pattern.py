@@ -204,6 +204,18 @@ class Pattern:
             return self.sparsity <= other.sparsity
         return False
 
+    def admits(self, found: Pattern) -> bool:
+        """Whether a weight that satisfies `found` is of the form of this pattern, whose own share of zeros is left out.
+
+        As `covers`, except for blocks: one without a share covers every weight, since all of its blocks may be kept;
+        here it means weights that `found` shows to consist of such blocks.
+        """
+        if self.kind != "block":
+            return self.covers(found)
+        if found.kind == "block":
+            return (found.rows, found.cols) == (self.rows, self.cols)
+        return self.cols == 1 and found.shared_rows % self.rows == 0
+
     def mask(self, score: Tensor) -> Tensor:
         """Choose the entries to keep: those of the highest score that the pattern allows.
 

@@ -156,7 +156,7 @@ def _forced(
     if asked.shape not in ((0, 0), shape):
         return None, f"the plan's entry is for a weight of {_shape(asked.shape)}, not {_shape(shape)}"
     pattern = Pattern.parse(wanted.pattern)
-    if not any(pattern.covers(found.pattern) for found in facts.patterns):
+    if not any(pattern.admits(found.pattern) for found in facts.patterns):
         return None, f"the plan asks for {wanted}, but the weight does not satisfy {wanted.pattern}"
     # The option `patterns` is about free choice; a plan names its pattern.
     offered = [candidate for candidate in target.candidates(facts, [wanted.pattern]) if not candidate.is_dense]

@@ -7,13 +7,17 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsecomp.patterns import Pattern
+from sparsecomp.planner.budget import Budget, Summary
 from sparsecomp.planner.reader import DocumentError, Reader, parse_json, read_text
 from sparsecomp.targets.base import DENSE, Candidate
+
+if TYPE_CHECKING:
+    from sparsecomp.planner.pareto import Front
 
 PLAN_VERSION = 1
 FORMAT = "sparsecomp-plan"
@@ -48,6 +52,24 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Option:
+    """What a site could be pruned to.
+
+    Attributes:
+        prune: printed pattern with its share of zeros; empty for the weight as it is.
+        candidate: the cheapest way to compute the site then.
+        us: microseconds of one call.
+        loss: what it is estimated to add to the model's loss; the same in every entry of a module that runs more than
+            once, whose weight is pruned for all of them.
+    """
+
+    prune: str
+    candidate: Candidate
+    us: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class SiteChoice:
     """What one site becomes.
 
@@ -65,6 +87,8 @@ class SiteChoice:
         residual: whether an addition is fused into the site.
         dynamic: whether the number of tokens may change from call to call.
         declined: whether the site cannot be rewritten, whatever the costs.
+        prune: printed pattern that the weight is to be pruned to, with its share of zeros; empty: it stays as it is.
+        options: what `prune` was chosen from, the weight as it is first; empty for a site that was not to be pruned.
     """
 
     name: str
@@ -80,6 +104,8 @@ class SiteChoice:
     residual: bool = False
     dynamic: bool = False
     declined: bool = False
+    prune: str = ""
+    options: tuple[Option, ...] = ()
 
     def prediction(self, candidate: Candidate) -> Prediction | None:
         """The costs of a candidate, None if it was not considered."""
@@ -135,6 +161,11 @@ class SiteChoice:
             "chosen": _candidate_dict(self.chosen),
             "declined": self.declined,
             "reason": self.reason,
+            "prune": self.prune,
+            "options": [
+                {"prune": item.prune, **_candidate_dict(item.candidate), "us": item.us, "loss": item.loss}
+                for item in self.options
+            ],
         }
 
     @classmethod
@@ -159,6 +190,8 @@ class SiteChoice:
             chosen=_candidate(Reader(reader.raw("chosen"), reader.place("chosen")), finish=True),
             declined=reader.boolean("declined", False),
             reason=reader.text("reason", ""),
+            prune=_prune_text(reader.text("prune", ""), reader.place("prune")),
+            options=reader.items("options", _option),
         )
         reader.finish()
         return choice
@@ -171,6 +204,8 @@ class Plan:
     Attributes:
         target: name of the target.
         threads: that the costs are for.
+        budget: that the patterns to prune to were chosen under; None for a plan that prunes nothing.
+        summary: of the model as planned; None likewise.
         sites: the choices, in graph order; a site may be there once for every number of tokens it was compiled for.
         version: of the format.
     """
@@ -179,6 +214,8 @@ class Plan:
     sites: list[SiteChoice] = field(default_factory=list)
     threads: int = 1
     version: int = PLAN_VERSION
+    budget: Budget | None = None
+    summary: Summary | None = None
 
     def __iter__(self) -> Iterator[SiteChoice]:
         return iter(self.sites)
@@ -198,6 +235,52 @@ class Plan:
         exact = (choice for choice in named if choice.tokens == tokens)
         return next(exact, named[0] if named else None)
 
+    def replan(
+        self,
+        *,
+        max_quality_loss: float | None = None,
+        max_latency: float | str | None = None,
+        speedup: float | None = None,
+    ) -> Plan:
+        """Choose again among the saved options under another budget; nothing is run or measured.
+
+        Args:
+            max_quality_loss: sum of the estimated losses, at most.
+            max_latency: of the model, such as `"8 ms"`, or seconds, at most.
+            speedup: of the model over dense, at least.
+
+        Returns:
+            A new plan, whose loss is estimated and not measured.
+
+        Raises:
+            ValueError: not exactly one budget is given, it is bad or cannot be reached (the message says what can), or
+                this plan has no options to choose from.
+        """
+        from sparsecomp.planner.select import select
+
+        return select(self, Budget.of(max_quality_loss, max_latency, speedup))
+
+    def pareto(self, points: int = 24) -> Front:
+        """The best losses that can be had at different latencies, from the saved options.
+
+        Args:
+            points: at most this many.
+
+        Returns:
+            The front, fastest first; `print` it or see `Front.plot`.
+
+        Raises:
+            ValueError: this plan has no options to choose from, or fewer than 2 points are asked for.
+        """
+        from sparsecomp.planner.pareto import front
+
+        return front(self, points)
+
+    def __str__(self) -> str:
+        from sparsecomp.report.plan import plan_text
+
+        return plan_text(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON types."""
         return {
@@ -205,6 +288,8 @@ class Plan:
             "version": self.version,
             "target": self.target,
             "threads": self.threads,
+            "budget": None if self.budget is None else asdict(self.budget),
+            "summary": None if self.summary is None else asdict(self.summary),
             "sites": [choice.to_dict() for choice in self.sites],
         }
 
@@ -250,6 +335,8 @@ class Plan:
             plan = cls(
                 target=reader.text("target"),
                 threads=reader.integer("threads", 1),
+                budget=None if (inner := reader.inner("budget")) is None else Budget.read(inner),
+                summary=None if (inner := reader.inner("summary")) is None else Summary.read(inner),
                 sites=list(reader.items("sites", SiteChoice.from_value)),
                 version=version,
             )
@@ -299,6 +386,32 @@ def _prediction(value: Any, where: str) -> Prediction:
     )
     reader.finish()
     return prediction
+
+
+def _option(value: Any, where: str) -> Option:
+    reader = Reader(value, where)
+    option = Option(
+        prune=_prune_text(reader.text("prune", ""), reader.place("prune")),
+        candidate=_candidate(reader, finish=False),
+        us=reader.number("us"),
+        loss=reader.number("loss"),
+    )
+    reader.finish()
+    return option
+
+
+def _prune_text(text: str, where: str) -> str:
+    """What a weight may be pruned to: nothing, or a pattern that says how much."""
+    if not text:
+        return ""
+    pattern = Pattern.parse(printed := _pattern_text(text, where))
+    if pattern.kind == "dense" or pattern.nominal_density is None:
+        raise DocumentError(f"{where}: {printed!r} does not say how much to prune; write such as '{_example(pattern)}'")
+    return printed
+
+
+def _example(pattern: Pattern) -> str:
+    return "2:4" if pattern.kind == "dense" else f"{pattern}@0.5"
 
 
 def _pattern_text(value: Any, where: str) -> str:

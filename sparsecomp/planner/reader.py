@@ -181,6 +181,11 @@ class Reader:
         """The field as it is, for another reader."""
         return self._take(key, optional=False)
 
+    def inner(self, key: str) -> Reader | None:
+        """A reader of the object in a field; None if the field is absent or null."""
+        value = self._take(key, optional=True)
+        return None if value is None else Reader(value, self.place(key))
+
     def finish(self) -> None:
         """Refuse unknown fields.
 

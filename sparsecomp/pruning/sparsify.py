@@ -115,13 +115,14 @@ def _patterns(pattern: str | Pattern | Plan, sites: Sequence[Site]) -> dict[int,
     for choice in pattern:
         if not choice.prune:
             continue
-        if choice.name not in by_name:
+        name = choice.name.partition("#")[0]  # the suffix counts the calls of one module
+        if name not in by_name:
             raise ValueError(
                 f"the plan prunes {choice.name!r} to {choice.prune}, but the model has no such module to prune (or "
                 "filter_fn rejects it): make the plan for this model"
             )
         wanted = Pattern.parse(choice.prune)
-        if result.setdefault(id(by_name[choice.name].weight), wanted) != wanted:
+        if result.setdefault(id(by_name[name].weight), wanted) != wanted:
             raise ValueError(f"the plan has two patterns for the weight of {choice.name!r}, one of them {wanted}")
     return result
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
@@ -28,22 +28,27 @@ def render_table(summary: Sequence[str], choices: Sequence[SiteChoice], width: i
         choices: the sites.
         width: no line is longer.
     """
+    parts: list[str | Padding | Table] = list(summary)
+    if choices and width >= FULL_WIDTH:
+        parts.append(_table(HEADERS, [cells(choice) for choice in choices], lines=True))
+    elif choices:
+        parts.append(_table(SHORT_HEADERS, [short_cells(choice) for choice in choices], lines=False))
+        for choice in choices:
+            first, *others = details(choice)
+            parts += [first, *(Padding(Text(line), (0, 0, 0, 4)) for line in others)]
+    if any(choice.dynamic for choice in choices):
+        parts.append("* may change from call to call; the costs are for the number shown")
+    return plain(parts, width)
+
+
+def plain(parts: Iterable[str | Padding | Table], width: int) -> str:
+    """Lines and tables as plain text."""
     # A console of its own: the user's terminal has colours and a width that do not belong in a string.
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    for line in summary:
-        console.print(Text(line))
-    if choices and width >= FULL_WIDTH:
-        console.print(_table(HEADERS, [cells(choice) for choice in choices], lines=True))
-    elif choices:
-        console.print(_table(SHORT_HEADERS, [short_cells(choice) for choice in choices], lines=False))
-        for choice in choices:
-            first, *others = details(choice)
-            console.print(Text(first))
-            for line in others:
-                console.print(Padding(Text(line), (0, 0, 0, 4)))
-    if any(choice.dynamic for choice in choices):
-        console.print(Text("* may change from call to call; the costs are for the number shown"))
+    for part in parts:
+        # Text, not str: square brackets are markup to rich, and candidates are printed with them.
+        console.print(Text(part) if isinstance(part, str) else part)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 
@@ -52,6 +57,5 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, lines: bool
     for header in headers:
         table.add_column(header, justify="right" if header in _RIGHT else "left", overflow="fold")
     for row in rows:
-        # Text, not str: square brackets are markup to rich, and candidates are printed with them.
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, row))  # see plain
     return table

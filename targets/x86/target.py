@@ -123,21 +123,9 @@ def _label(facts: WeightFacts, v: int, allowed: Collection[str] | None) -> str |
         return _plain(found[0]) if found and facts.patterns[0].pattern == found[0] else "unstructured"
     for text in allowed:
         pattern = Pattern.parse(text)
-        if pattern.kind == "unstructured" or (pattern.kind != "dense" and any(_fits(pattern, p) for p in found)):
+        if pattern.kind == "unstructured" or (pattern.kind != "dense" and any(pattern.admits(p) for p in found)):
             return _plain(pattern)
     return None
-
-
-def _fits(allowed: Pattern, found: Pattern) -> bool:
-    """Whether what a weight satisfies is of the kind that is allowed.
-
-    A block without a share covers every weight, since blocks may all be kept; here it means weights of such blocks.
-    """
-    if allowed.kind != "block":
-        return allowed.covers(found)
-    if found.kind == "block":
-        return (found.rows, found.cols) == (allowed.rows, allowed.cols)
-    return allowed.cols == 1 and found.shared_rows % allowed.rows == 0
 
 
 def _plain(pattern: Pattern) -> str:

@@ -124,6 +124,15 @@ def test_a_plan_is_not_followed_where_the_weight_does_not_satisfy_it() -> None:
     assert choice.reason.startswith("the plan asks for panel[32:2:4], but the weight does not satisfy 32:2:4; rows[")
 
 
+def test_blocks_in_a_plan_are_for_weights_of_such_blocks() -> None:
+    plan = asked(Candidate("panel", "16x1"))
+    choice = decide("unstructured@0.25", plan=plan)
+    assert choice.chosen == DENSE
+    assert choice.reason.startswith("the plan asks for panel[16x1], but the weight does not satisfy 16x1; dense: ")
+    assert "which target fake does not offer" in decide("16x1@0.5", plan=plan).reason
+    assert "which target fake does not offer" in decide("32:2:4", plan=plan).reason
+
+
 def test_a_plan_for_another_weight_is_not_followed() -> None:
     choice = decide("unstructured@0.25", plan=asked(ROWS, shape=(32, 64)))
     assert choice.chosen == DENSE

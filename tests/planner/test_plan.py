@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecomp import Plan
-from sparsecomp.planner import PlanError, Prediction, SiteChoice
+from sparsecomp.planner import Budget, Option, PlanError, Prediction, SiteChoice, Summary
 from sparsecomp.planner.reader import MAX_BYTES
 from sparsecomp.targets.base import DENSE, Candidate
 
@@ -49,6 +50,47 @@ def test_round_trip(tmp_path: Path) -> None:
     plan.save(path)
     assert Plan.load(path) == plan
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def planned() -> Plan:
+    options = (Option("", DENSE, 640.0, 0.0), Option("32:2:4", PANEL, 320.5, 0.125))
+    summary = Summary(2000.0, 1360.0, 1680.5, "KL divergence per token", 0.125, measured_loss=0.25)
+    return Plan(
+        "x86", [replace(site(), prune="32:2:4", options=options)], budget=Budget("speedup", 1.1), summary=summary
+    )
+
+
+def test_a_plan_under_a_budget_comes_back_with_its_options(tmp_path: Path) -> None:
+    plan = planned()
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert Plan.from_json(replace(plan, budget=None).to_json()).budget is None
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("sites", 0, "prune"), "unstructured", "sites[0].prune: 'unstructured' does not say how much"),
+        (("sites", 0, "prune"), "dense", "sites[0].prune: 'dense' does not say how much"),
+        (("sites", 0, "prune"), "5:4", "sites[0].prune"),
+        (("sites", 0, "options", 1, "loss"), -1, "sites[0].options[1].loss"),
+        (("sites", 0, "options", 1, "us"), None, "sites[0].options[1].us"),
+        (("sites", 0, "options", 1, "gain"), 1, "unknown field 'gain'"),
+        (("budget", "kind"), "speed", "did you mean 'speedup'?"),
+        (("budget", "value"), 0.5, "budget.value: speedup must be a number from 1 on"),
+        (("summary", "rest_us"), "much", "summary.rest_us"),
+        (("summary",), [], "summary: expected an object"),
+    ],
+)
+def test_bad_budgets_and_options_are_refused(place: tuple[str | int, ...], value: Any, message: str) -> None:
+    changed: Any = planned().to_dict()
+    inner = changed
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    with pytest.raises(PlanError) as error:
+        read(changed)
+    assert message in str(error.value)
 
 
 def test_costs_and_bytes() -> None:

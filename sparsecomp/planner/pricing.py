@@ -1,0 +1,109 @@
+"""Latencies for a plan: of whole models, and of sites for weights that are not in the model yet."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecomp.options import Options
+from sparsecomp.planner.choose import choose
+from sparsecomp.planner.measure import measure
+from sparsecomp.planner.plan import SiteChoice
+from sparsecomp.pruning.calibration import Call
+from sparsecomp.targets.base import DENSE, Candidate, Problem, Target, WeightFacts
+
+HOPELESS = 2.0
+"""No candidate is measured that is predicted to take this many times as long as dense."""
+
+_ROUNDS = (5, 30)
+_SECONDS = 2.0
+
+
+def model_us(model: nn.Module, call: Call) -> float:
+    """Median microseconds of one call of a model compiled by Inductor."""
+    compile_model: Any = torch.compile  # whose overloads do not know all of its arguments
+    compiled: Callable[..., Any] = compile_model(model, backend="inductor", dynamic=False, isolate_recompiles=True)
+    times: list[float] = []
+    with torch.inference_mode():
+        for _ in range(3):
+            compiled(*call.args, **call.kwargs)
+        begin = time.perf_counter()
+        while len(times) < _ROUNDS[0] or (len(times) < _ROUNDS[1] and time.perf_counter() - begin < _SECONDS):
+            start = time.perf_counter()
+            compiled(*call.args, **call.kwargs)
+            times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+class Pricer:
+    """What sites would take with other weights.
+
+    Args:
+        target: offers and prices the candidates.
+        autotune: measure the candidates, once for sites that are alike, where they would otherwise be predicted.
+    """
+
+    def __init__(self, target: Target, *, autotune: bool) -> None:
+        self._target, self._autotune = target, autotune
+        self._threads = torch.get_num_threads()
+        self._known: dict[tuple[Any, ...], dict[Candidate, float]] = {}
+        self._dense: dict[tuple[Any, ...], float] = {}
+
+    def scale(self, sites: list[tuple[SiteChoice, Tensor]]) -> float:
+        """Microseconds of dense products as they are measured now over those predicted, all sites together.
+
+        The clock may differ from that of the calibration, which changes all costs alike. The latency of the model is
+        measured now, and what the sites take is subtracted from it.
+        """
+        measured = sum(self._dense_us(site, weight) for site, weight in sites)
+        predicted = sum(site.dense_us or 0.0 for site, _ in sites)
+        return measured / predicted if predicted else 1.0
+
+    def _dense_us(self, site: SiteChoice, weight: Tensor) -> float:
+        key = (site.shape, site.tokens, site.dtype)
+        if key not in self._dense:
+            problem = _problem(site, WeightFacts.of(weight), self._threads)
+            self._dense[key] = measure([], weight, problem, self._target)[DENSE]
+        return self._dense[key]
+
+    def price(self, site: SiteChoice, weight: Tensor, prune: str) -> SiteChoice:
+        """The entry of a site if it had this weight.
+
+        Args:
+            site: as it is.
+            weight: `[O, I]`.
+            prune: what the weight was pruned to: sites that are alike are measured once for each.
+        """
+        facts = WeightFacts.of(weight)
+        problem = _problem(site, facts, self._threads)
+        measured = self._measure(site, weight, problem, prune) if self._autotune else None
+        return choose(facts, problem, self._target, Options(), name=site.name, dynamic=site.dynamic, measured=measured)
+
+    def _measure(self, site: SiteChoice, weight: Tensor, problem: Problem, prune: str) -> dict[Candidate, float]:
+        priced = {c: self._target.predict(c, problem) for c in self._target.candidates(problem.facts)}
+        hopeful = [c for c, us in priced.items() if not c.is_dense and us < HOPELESS * priced[DENSE]]
+        dense = self._dense_us(site, weight)
+        if not hopeful:
+            return {DENSE: dense}
+        key = (site.shape, site.tokens, site.dtype, prune, round(problem.facts.density, 2), tuple(hopeful))
+        if key not in self._known:
+            times = measure(hopeful, weight, problem, self._target)
+            # Against one measurement of dense, so that a change of the clock between two calls favours none.
+            self._known[key] = {candidate: us * dense / times[DENSE] for candidate, us in times.items()}
+        return self._known[key]
+
+
+def _problem(site: SiteChoice, facts: WeightFacts, threads: int) -> Problem:
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[site.dtype]
+    return Problem(facts, site.tokens, threads, site.activation, site.residual, dtype)
+
+
+def scaled(choice: SiteChoice, scale: float) -> SiteChoice:
+    """An entry whose predicted costs are multiplied."""
+    return replace(choice, predictions=tuple(replace(item, us=item.us * scale) for item in choice.predictions))

@@ -1,0 +1,120 @@
+"""The choice of a pattern for every site of a plan under a budget, by the knapsack over the options that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from sparsecomp.planner.budget import Budget, Summary, milliseconds
+from sparsecomp.planner.knapsack import Item, solve
+from sparsecomp.planner.plan import Option, Plan, SiteChoice
+
+
+@dataclass(frozen=True)
+class Group:
+    """The entries of a plan that share one weight: one, or every call of a module that runs more than once.
+
+    Attributes:
+        name: of the module.
+        options: what the weight may be pruned to, as it is first; microseconds are those of all entries together.
+    """
+
+    name: str
+    options: tuple[Option, ...]
+
+    @property
+    def fastest(self) -> Option:
+        """The option of the lowest latency."""
+        return min(self.options, key=lambda option: (option.us, option.loss))
+
+
+def module_name(site: SiteChoice) -> str:
+    """The module of an entry: the suffix after # counts the calls of one."""
+    return site.name.partition("#")[0]
+
+
+def groups_of(plan: Plan) -> list[Group]:
+    """What can be chosen in a plan.
+
+    Raises:
+        ValueError: there is nothing, or the entries of one module do not offer the same.
+    """
+    merged: dict[str, list[Option]] = {}
+    for site in plan:
+        if not site.options:
+            continue
+        name = module_name(site)
+        known = merged.setdefault(name, [replace(option, us=0.0) for option in site.options])
+        if [(o.prune, o.loss) for o in known] != [(o.prune, o.loss) for o in site.options]:
+            raise ValueError(f"the entries of {name!r} in the plan offer different options")
+        merged[name] = [replace(a, us=a.us + b.us) for a, b in zip(known, site.options, strict=True)]
+    if not merged or plan.summary is None:
+        raise ValueError("the plan holds no options to choose from: it was not made by sparsecomp.plan")
+    return [Group(name, tuple(options)) for name, options in merged.items()]
+
+
+def select(plan: Plan, budget: Budget) -> Plan:
+    """Choose what every site of a plan is pruned to.
+
+    Under a quality budget the latency is minimised, under a latency or speed-up budget the loss.
+
+    Raises:
+        ValueError: the budget cannot be reached, with the best that can be; or there is nothing to choose from.
+    """
+    groups = groups_of(plan)
+    summary = plan.summary
+    assert summary is not None
+    if budget.kind == "max_quality_loss":
+        picked = solve(_items(groups, limit_loss=True), budget.value)
+        if picked is None:
+            least = sum(min(option.loss for option in group.options) for group in groups)
+            raise ValueError(f"a {budget} cannot be reached: the least is {least:.3g}")
+    else:
+        limit = 1e6 * budget.value if budget.kind == "max_latency" else summary.dense_us / budget.value
+        picked = solve(_items(groups, limit_loss=False), limit - summary.rest_us)
+        if picked is None:
+            raise ValueError(_unreachable(groups, summary, budget))
+    return with_choice(plan, budget, {g.name: g.options[at] for g, at in zip(groups, picked, strict=True)})
+
+
+def _items(groups: Iterable[Group], *, limit_loss: bool) -> list[list[Item]]:
+    return [[Item(o.us, o.loss) if limit_loss else Item(o.loss, o.us) for o in group.options] for group in groups]
+
+
+def _unreachable(groups: list[Group], summary: Summary, budget: Budget) -> str:
+    fastest = [group.fastest for group in groups]
+    best = summary.rest_us + sum(option.us for option in fastest)
+    return (
+        f"a {budget} cannot be reached: with the fastest option everywhere the model is predicted to take "
+        f"{milliseconds(best)} ({summary.dense_us / best:.2f} times as fast as the dense model's "
+        f"{milliseconds(summary.dense_us)}) at an estimated loss of {sum(o.loss for o in fastest):.3g}; "
+        f"{milliseconds(summary.rest_us)} are spent outside of the layers that can be pruned"
+    )
+
+
+def with_choice(plan: Plan, budget: Budget, chosen: dict[str, Option]) -> Plan:
+    """A copy of a plan whose sites take the options of these patterns, by name of the module."""
+    summary = plan.summary
+    assert summary is not None
+    sites = []
+    total = summary.rest_us
+    for site in plan:
+        if site.options:
+            wanted = chosen[module_name(site)]
+            option = next(item for item in site.options if item.prune == wanted.prune)
+            total += option.us
+            site = replace(site, prune=option.prune, chosen=option.candidate, reason=_reason(site, option))
+        sites.append(site)
+    loss = sum(option.loss for option in chosen.values())
+    summary = replace(summary, planned_us=total, estimated_loss=loss, measured_loss=None)
+    return replace(plan, budget=budget, summary=summary, sites=sites)
+
+
+def _reason(site: SiteChoice, option: Option) -> str:
+    kept = site.options[0]
+    if not option.prune:
+        return f"{option.candidate}: left as it is, {option.us:.0f} us"
+    return (
+        f"{option.candidate}: pruned to {option.prune}, {option.us:.0f} us instead of {kept.us:.0f} us "
+        f"for an estimated loss of {option.loss:.3g}"
+    )
