@@ -170,7 +170,8 @@ class _Job:
             # Without an update nothing makes up for earlier errors, and the dense model's inputs serve better than
             # those of the pruned one (MiniLM by Wanda to 2:4: 0.716 against 0.697): one pass gives all.
             with calibrating(self._model):
-                self._known = collect(self._model, calls, sites, gram=False)
+                _, once = stages(self._model, calls[0], sites)
+                self._known = collect(self._model, calls, sites, gram=False, once=once)
         if self._rule.needs != "gram" and self._settings is None:
             self.prune(sites, self._known)
             return
@@ -205,9 +206,9 @@ class _Job:
         if self._rule.needs != "gram":
             self.prune(sites, self._known)
         else:
+            groups, once = stages(part.module, part.calls[0], sites)
             # The whole model is run once, whatever its depth.
-            grouped, once = stages(part.module, part.calls[0], sites) if part.name else ([sites], False)
-            for group in grouped:
+            for group in groups if part.name else [sites]:
                 self.prune(group, collect(part.module, part.calls, group, gram=True, once=once))
         if self._settings is None or not sites:
             return

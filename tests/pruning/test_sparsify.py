@@ -9,11 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from models import embed, is_encoder_linear, lee, minilm, windows
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from sparsecomp.patterns import Pattern
-from sparsecomp.pruning import magnitude, sparsify_
+from sparsecomp.planner import Plan
+from sparsecomp.planner.plan import SiteChoice
+from sparsecomp.pruning import Reconstruction, magnitude, sparsify_
+from sparsecomp.targets.base import DENSE
 
 
 def mlp() -> nn.Sequential:
@@ -215,3 +219,217 @@ def test_magnitude_ranks_by_absolute_value() -> None:
     assert not score.requires_grad
     assert magnitude(weight.detach().half()).dtype == torch.float32
     assert magnitude(weight.detach().double()).dtype == torch.float64
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Stack(nn.Module):
+    """Blocks between two linears; its forward can be made to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def correlated(count: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(5, 16, generator=generator)
+    return [
+        torch.randn(2, 12, 5, generator=generator) @ mix + 0.2 * torch.randn(2, 12, 16, generator=generator)
+        for _ in range(count)
+    ]
+
+
+def moved(before: nn.Module, after: nn.Module, batches: list[Tensor]) -> float:
+    with torch.no_grad():
+        pairs = [(before(batch), after(batch)) for batch in batches]
+    return sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
+
+
+def in_blocks(module: nn.Module, name: str) -> bool:
+    return name.startswith("blocks")
+
+
+ALL = ["first", *(f"blocks.{n}.{part}" for n in range(3) for part in ("up", "down")), "head"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "wanda"},
+        {"criterion": "ria"},
+        {"criterion": "sparsegpt"},
+        {"criterion": "wanda", "refine": "dsnot"},
+        {"criterion": "sparsegpt", "refine": "dsnot"},
+        {"criterion": "magnitude", "refine": "dsnot"},
+        {"criterion": "magnitude", "reconstruct": Reconstruction(steps=5)},
+        {"criterion": "sparsegpt", "reconstruct": Reconstruction(steps=5)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("text", ["2:4", "unstructured@0.7", "8x1@0.5"])
+def test_calibrated_ways_give_the_pattern_everywhere(options: dict[str, object], text: str) -> None:
+    model = Stack().train()
+    assert sparsify_(model, text, calibration=correlated(), **options) == ALL  # type: ignore[arg-type]
+    for name in ALL:
+        assert Pattern.parse(text).check(model.get_submodule(name).weight)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_looks_at_the_inputs_moves_the_outputs_less() -> None:
+    model, batches = Stack(), correlated(8)
+    errors = {}
+    for name, options in {
+        "magnitude": {},
+        "sparsegpt": {"criterion": "sparsegpt"},
+        "reconstructed": {"criterion": "sparsegpt", "reconstruct": Reconstruction(steps=60)},
+    }.items():
+        pruned = copy.deepcopy(model)
+        sparsify_(pruned, "2:4", calibration=batches[:6], filter_fn=in_blocks, **options)  # type: ignore[arg-type]
+        errors[name] = moved(model, pruned, batches[6:])
+    assert errors["reconstructed"] < errors["sparsegpt"] < errors["magnitude"]
+
+
+def test_criteria_rank_on_a_real_model_as_published() -> None:
+    model, tokenizer = minilm()
+    batches = list(windows(tokenizer, lee("lee_background"), 64, most=32).split(8))
+    want = embed(model, tokenizer)
+    cosines = []
+    for options in ({}, {"criterion": "wanda"}, {"criterion": "wanda", "refine": "dsnot"}, {"criterion": "sparsegpt"}):
+        pruned = copy.deepcopy(model)
+        sparsify_(pruned, "2:4", calibration=batches, filter_fn=is_encoder_linear, **options)  # type: ignore[arg-type]
+        cosines.append(float(torch.cosine_similarity(embed(pruned, tokenizer), want).mean()))
+    assert cosines == sorted(cosines)
+    assert cosines[-1] > cosines[0] + 0.1
+
+
+def site_plan(**prunes: str) -> Plan:
+    return Plan(
+        "x86",
+        [SiteChoice(name.replace("__", "."), (1, 1), 1, 1.0, DENSE, "", prune=text) for name, text in prunes.items()],
+    )
+
+
+def test_a_plan_gives_every_site_its_pattern() -> None:
+    model = Stack()
+    before = copy.deepcopy(model)
+    plan = site_plan(blocks__0__up="2:4", blocks__2__down="unstructured@0.75", head="")
+    assert sparsify_(model, plan, criterion="sparsegpt", calibration=correlated()) == ["blocks.0.up", "blocks.2.down"]
+    assert Pattern.parse("2:4").check(model.blocks[0].up.weight)
+    assert int((model.blocks[2].down.weight == 0).sum()) == 3 * 16 * 32 // 4
+    assert torch.equal(model.blocks[1].up.weight, before.blocks[1].up.weight)
+    assert torch.equal(model.head.weight, before.head.weight)
+    assert sparsify_(model, site_plan(head="")) == []
+
+
+def test_later_blocks_are_judged_by_what_the_pruned_ones_give() -> None:
+    model = Stack()
+    alone = copy.deepcopy(model)
+    sparsify_(model, "2:4", criterion="sparsegpt", calibration=correlated(), filter_fn=in_blocks)
+    # The same for a block alone, given the inputs that the pruned blocks before it make.
+    with torch.no_grad():
+        inputs = [model.blocks[0](model.first(batch)) for batch in correlated()]
+    sparsify_(alone.blocks[1].up, "2:4", criterion="sparsegpt", calibration=inputs)
+    torch.testing.assert_close(alone.blocks[1].up.weight, model.blocks[1].up.weight, atol=1e-5, rtol=1e-4)
+
+
+def test_a_weight_shared_between_blocks_is_pruned_with_the_first() -> None:
+    model = Stack()
+    model.blocks[2].up.weight = model.blocks[0].up.weight
+    assert sparsify_(model, "2:4", criterion="sparsegpt", calibration=correlated()) == ALL
+    assert Pattern.parse("2:4").check(model.blocks[2].up.weight)
+
+
+def test_batch_norms_are_estimated_again() -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU()).eval()
+    batches = [batch.reshape(-1, 16) for batch in correlated()]
+    sparsify_(model, "1:4", criterion="wanda", calibration=batches)
+    with torch.no_grad():
+        rows = torch.cat([model[0](batch) for batch in batches])
+    torch.testing.assert_close(model[1].running_mean, rows.mean(0))
+
+
+def spoil_nothing(model: Stack) -> list[Tensor]:
+    return correlated()
+
+
+def nan_inputs(model: Stack) -> list[Tensor]:
+    return [*correlated(), torch.full((1, 2, 16), math.nan)]
+
+
+def unreached_site(model: Stack) -> list[Tensor]:
+    model.blocks[2].unused = nn.Linear(16, 16)
+    return correlated()
+
+
+def interrupted(model: Stack) -> list[Tensor]:
+    """Stops as by Ctrl-C while the last block is looked at, when the others are pruned."""
+    runs = iter(range(1000))
+
+    def stop(*_: object) -> None:
+        if next(runs) > 6:
+            raise KeyboardInterrupt
+
+    model.blocks[2].down.register_forward_pre_hook(stop)
+    return correlated()
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (nan_inputs, {}, "has NaN or infinity in its calibration inputs"),
+        (unreached_site, {}, r"module 'blocks.2.unused' \(Linear\) was not called"),
+        (lambda _: None, {}, "needs calibration: give batches"),
+        (lambda _: [], {}, "holds no batch"),
+        (lambda _: torch.ones(3, 16), {}, "a single Tensor, not batches"),
+        (spoil_nothing, {"refine": "dnsot"}, "expected 'dsnot' or None"),
+        (
+            spoil_nothing,
+            {"pattern": site_plan(nowhere="2:4")},
+            "plan prunes 'nowhere' to 2:4, but the model has no such",
+        ),
+    ],
+)
+def test_bad_calibration_changes_nothing(criterion, spoil, options, message) -> None:  # type: ignore[no-untyped-def]
+    model = Stack()
+    batches = spoil(model)
+    before = state(model)
+    arguments = {"pattern": "2:4", "criterion": criterion, "calibration": batches, **options}
+    with pytest.raises(ValueError, match=message):
+        sparsify_(model, arguments.pop("pattern"), **arguments)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("reconstruct", [False, Reconstruction(steps=3)])
+def test_an_interruption_changes_nothing(reconstruct: bool | Reconstruction) -> None:
+    model = Stack()
+    batches = interrupted(model)
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        sparsify_(model, "2:4", criterion="sparsegpt", calibration=batches, reconstruct=reconstruct)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_reconstruction_needs_calibration_and_blocks() -> None:
+    with pytest.raises(ValueError, match="reconstruct needs calibration"):
+        sparsify_(Stack(), "2:4", reconstruct=True)
+    with pytest.raises(ValueError, match="reconstruct needs sites in repeated blocks"):
+        sparsify_(mlp(), "2:4", reconstruct=True, calibration=[torch.ones(3, 12)])
