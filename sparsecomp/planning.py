@@ -45,7 +45,7 @@ DEFAULT_PATTERNS = (
 HELD_OUT = 8
 """One of this many calibration batches is kept for measuring losses, where there are at least so many."""
 
-PROBE_TOKENS = 1024
+PROBE_TOKENS = 512
 """Losses of single sites are measured on as many held out batches as hold about so many tokens, one at least."""
 
 ROUNDS = 5
@@ -280,7 +280,9 @@ class _Job:
         The sum of the estimates that is allowed is searched: the measured loss grows with it, nearly in proportion.
         """
         best: Plan | None = None
-        low, high = (0.0, 0.0), None  # (estimated, measured): the most that kept the budget, the least that did not
+        # (estimated, measured): the most that kept the budget, and the least that did not.
+        low: tuple[float, float] = (0.0, 0.0)
+        high: tuple[float, float] | None = None
         allowed = budget.value
         task = self._bar.add_task("measuring plans", total=ROUNDS)
         for _ in range(ROUNDS):
@@ -295,10 +297,12 @@ class _Job:
                     break
             else:
                 high = (estimated, measured)
-            allowed = _between(low, high, budget.value)
-            if high is None:
-                # The next choice has to be another one, and may not be far beyond what is known.
-                allowed = min(max(allowed, estimated * 1.01), estimated * 4 if estimated else allowed * 4)
+            if high is not None:
+                allowed = _between(low, high, budget.value)
+            else:
+                # In proportion, but to another choice, and not far beyond what is known.
+                wanted = budget.value * estimated / measured if measured else float("inf")
+                allowed = min(max(wanted, 1.01 * estimated), 4 * estimated) if estimated else 4 * allowed
         self._bar.update(task, completed=ROUNDS)
         if best is None:
             log.warning("plan: no choice kept a %s; the plan prunes nothing", budget)
@@ -326,10 +330,8 @@ def _most(options: Plan) -> float:
     return sum(group.fastest.loss for group in groups_of(options))
 
 
-def _between(low: tuple[float, float], high: tuple[float, float] | None, wanted: float) -> float:
+def _between(low: tuple[float, float], high: tuple[float, float], wanted: float) -> float:
     """The estimate at which a measured loss is expected, from the nearest known ones on both sides."""
-    if high is None:
-        return wanted * low[0] / low[1] if low[1] else 2 * wanted
     # A little less than wanted, so that the next one is likely to keep the budget.
     share = (0.97 * wanted - low[1]) / (high[1] - low[1]) if high[1] > low[1] else 0.5
     return low[0] + (high[0] - low[0]) * min(max(share, 0.1), 0.9)
