@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("kernels", "models", "cost_model")
+NAMES = ("kernels", "models", "cost_model", "pruning", "planner")
 
 HEAD = """# Results
 
@@ -29,10 +29,11 @@ def section(content: dict[str, Any]) -> str:
         "",
         *(f"- {note}" for note in content["notes"]),
         "",
-        "| case | value | unit | goal | verdict | details |",
-        "| --- | ---: | --- | ---: | --- | --- |",
     ]
     rows = content["rows"]
+    if content["name"] == "pruning":
+        return "\n".join(lines + pruning_tables(rows))
+    lines += ["| case | value | unit | goal | verdict | details |", "| --- | ---: | --- | ---: | --- | --- |"]
     # Of a long grid only the summary is for people; the JSON has all.
     if content["name"] == "cost_model":
         rows = rows[-1:]
@@ -43,6 +44,34 @@ def section(content: dict[str, Any]) -> str:
             f"| {row['case']} | {number(row['value'])} | {row['unit']} | {goal} | {row['verdict']} | {details} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def pruning_tables(rows: list[dict[str, Any]]) -> list[str]:
+    """For every model a table of patterns by methods, each entry with its goal where it has one."""
+    lines = []
+    for model in dict.fromkeys(row["case"].split(",")[0] for row in rows):
+        own = [row for row in rows if row["case"].split(",")[0] == model]
+        dense = "".join(f", dense {number(row['value'])}" for row in own if "pattern" not in row["details"])
+        cells = {
+            (row["details"]["pattern"], row["details"]["method"]): row for row in own if "pattern" in row["details"]
+        }
+        methods = list(dict.fromkeys(method for _, method in cells))
+        lines += [f"{model}, {own[0]['unit']}{dense}; in brackets what was to be reached:", ""]
+        lines += [f"| pattern | {' | '.join(methods)} |", f"| --- |{' ---: |' * len(methods)}"]
+        for pattern in dict.fromkeys(pattern for pattern, _ in cells):
+            texts = []
+            for method in methods:
+                row = cells.get((pattern, method))
+                goal = "" if row is None or row["goal"] is None else f" ({row['goal']:g}{missed(row)})"
+                texts.append("" if row is None else f"{number(row['value'])}{goal}")
+            lines.append(f"| {pattern} | {' | '.join(texts)} |")
+        lines.append("")
+    return lines
+
+
+def missed(row: dict[str, Any]) -> str:
+    """A word for a goal that was not reached."""
+    return ", missed" if row["verdict"] == "missed" else ""
 
 
 def number(value: Any) -> str:

@@ -136,17 +136,18 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     A cache would grow with every run of a block, so that the second run would see other keys than the first.
     """
     training = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    # The parts of a model may have settings of their own, such as the decoder of T5.
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     try:
         model.eval()
-        if use_cache:
-            config.use_cache = False  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = False
         with torch.no_grad():
             yield
     finally:
-        if use_cache:
-            config.use_cache = use_cache  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = True
         for module, mode in training:
             module.training = mode
 

@@ -61,7 +61,7 @@ def sparsify_(
         reconstruct: tune the kept weights of each block to give the dense block's output; needs calibration and a model
             with repeated blocks. `Reconstruction(...)` sets how long.
         filter_fn: `(module, qualified_name) -> bool`, called for every module that can be pruned; all of them if None.
-        progress: whether to show a progress bar; None: on a terminal, with calibration.
+        progress: whether to show a progress bar where it goes block by block; None: on a terminal.
 
     Returns:
         Qualified names of the modules whose weights were pruned, in the order of `model.named_modules()`; a shared
@@ -163,6 +163,7 @@ class _Job:
         self._settings = settings
         self._masks: dict[int, Tensor] = {}
         self._known: dict[int, Statistics] = {}
+        self._inside: set[Site] = set()
 
     def run(self, sites: Sequence[Site], calls: list[Call], progress: bool | None) -> None:
         """Prune all sites with what the calls tell."""
@@ -176,9 +177,9 @@ class _Job:
             self.prune(sites, self._known)
             return
         blocks = find_blocks(self._model)
-        inside = {id(module) for _, block in blocks for module in block.modules()}
-        outside = [site for site in sites if id(site.module) not in inside]
-        if len(outside) == len(sites):
+        modules = {id(module) for _, block in blocks for module in block.modules()}
+        self._inside = {site for site in sites if id(site.module) in modules}
+        if not self._inside:
             blocks = []
         if self._settings is not None and not blocks:
             raise ValueError(
@@ -189,7 +190,9 @@ class _Job:
         hide = not (console.is_terminal if progress is None else progress)
         with Progress(console=console, disable=hide) as bar, calibrating(self._model):
             task = bar.add_task(f"pruning by {self._rule.name}", total=len(sites))
-            stream = Stream(self._model, calls, blocks, targets=self._settings is not None, whole=bool(outside))
+            stream = Stream(
+                self._model, calls, blocks, targets=self._settings is not None, whole=len(self._inside) < len(sites)
+            )
             for part in stream:
                 modules = {id(module) for module in part.module.modules()}
                 own = [site for site in left if id(site.module) in modules]
@@ -213,7 +216,12 @@ class _Job:
         if self._settings is None or not sites:
             return
         if part.targets is None:
-            log.info("pruning: %d sites outside of the blocks are not reconstructed", len(sites))
+            if any(site in self._inside for site in sites):
+                raise ValueError(
+                    "reconstruct needs blocks that can be run on their own: those of this model change their inputs in "
+                    "place, or take objects that may change from call to call (a cache)"
+                )
+            log.warning("pruning: %d sites outside of the blocks are not reconstructed", len(sites))
             return
         self.undo.keep(*part.module.parameters())
         masks = {site.weight: self._masks[id(site.weight)] for site in sites}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import bert, token_ids
+from models import bert
 from torch import Tensor, nn
 
 from sparsecomp.pruning.calibration import Call, Part, Stream, as_calls, calibrating, find_blocks
@@ -174,10 +174,23 @@ def test_blocks_that_cannot_run_twice_come_as_the_whole_model(kind: type[Stack])
     assert [call.args[0] for call in parts[0].calls] == batches
 
 
-def test_keyword_arguments_and_caches_of_transformers() -> None:
-    model = bert(3, 32, 2)
-    batches = [{"input_ids": token_ids(2, 8)}, {"input_ids": token_ids(1, 5)}]
+def llama() -> nn.Module:
+    """Caches keys and values unless it is told not to, and hands rotary embeddings to its blocks."""
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+    )
+    model: nn.Module = transformers.LlamaModel(settings).eval()
+    model.norm = nn.Identity()  # so that the model gives what the last block does
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: bert(3, 32, 2, vocab_size=50), llama], ids=["bert", "llama"])
+def test_models_of_transformers_are_chains(make) -> None:  # type: ignore[no-untyped-def]
+    model = make()
+    batches = [{"input_ids": torch.arange(16).reshape(2, 8)}, {"input_ids": torch.arange(5)[None]}]
     parts = walk(model, batches, targets=True)  # type: ignore[arg-type]
+    assert len(parts) == 3
     with torch.no_grad():
         for batch, target in zip(batches, parts[-1].targets, strict=True):
             torch.testing.assert_close(model(**batch).last_hidden_state, target)
@@ -187,13 +200,16 @@ def test_modes_and_settings_come_back() -> None:
     model = Stack().train()
     model.blocks[1].eval()
     model.config = SimpleNamespace(use_cache=True)
+    model.blocks[2].config = SimpleNamespace(use_cache=True)
     with pytest.raises(RuntimeError, match="stop"), calibrating(model):
         assert not model.training
         assert not model.config.use_cache
+        assert not model.blocks[2].config.use_cache
         assert not torch.is_grad_enabled()
         raise RuntimeError("stop")
     assert [model.training, model.blocks[0].training, model.blocks[1].training] == [True, True, False]
     assert model.config.use_cache
+    assert model.blocks[2].config.use_cache
     assert torch.is_grad_enabled()
 
 

@@ -433,3 +433,13 @@ def test_reconstruction_needs_calibration_and_blocks() -> None:
         sparsify_(Stack(), "2:4", reconstruct=True)
     with pytest.raises(ValueError, match="reconstruct needs sites in repeated blocks"):
         sparsify_(mlp(), "2:4", reconstruct=True, calibration=[torch.ones(3, 12)])
+
+
+def test_blocks_that_cannot_run_on_their_own_cannot_be_reconstructed() -> None:
+    model = Stack()
+    for block in model.blocks:
+        block.forward = lambda x, block=block: x.add_(block.down(block.up(x)))
+    before = state(model)
+    with pytest.raises(ValueError, match="blocks that can be run on their own"):
+        sparsify_(model, "2:4", reconstruct=True, calibration=correlated())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
