@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from sparsecomp.passes.base import Observer, Pass, PassResult, run_passes
 from sparsecomp.passes.detect_composite import DetectComposite
+from sparsecomp.passes.detect_conv import DetectConv
 from sparsecomp.passes.detect_linear import DetectLinear
 from sparsecomp.passes.fuse_epilogue import FuseEpilogue
 
 __all__ = [
     "DetectComposite",
+    "DetectConv",
     "DetectLinear",
     "FuseEpilogue",
     "Observer",
@@ -21,4 +23,4 @@ __all__ = [
 
 def default_passes() -> list[Pass]:
     """The passes of the backend, in order."""
-    return [DetectLinear(), DetectComposite(), FuseEpilogue()]
+    return [DetectLinear(), DetectConv(), DetectComposite(), FuseEpilogue()]

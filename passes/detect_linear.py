@@ -122,7 +122,7 @@ def _attach_bias(graph: SparseGraph, site: LinearSite, operation: Operation, bia
         return None
     added = graph.operation(bias)
     if added.dtype != operation.dtype:
-        return f"its bias is {_type(added.dtype)} and its output {_type(operation.dtype)}"
+        return f"its bias is {type_name(added.dtype)} and its output {type_name(operation.dtype)}"
     if added.sizes == (site.out_features,):
         site.bias = bias
     elif operation.kind == "addmm" and added.sizes == operation.sizes:
@@ -163,6 +163,13 @@ def _resolve(graph: SparseGraph, name: str) -> _Matrix:
     return _Matrix(operation, transposed, reason, True)
 
 
+def constant_reason(graph: SparseGraph, name: str) -> tuple[Operation, str | None]:
+    """The constant behind a value that is not transposed on the way, and why it is none (None if it is one)."""
+    found = _resolve(graph, name)
+    reason = "its weight is transposed at each call" if found.transposed and found.reason is None else found.reason
+    return found.operation, reason
+
+
 def _constant_behind(graph: SparseGraph, operation: Operation) -> Operation | None:
     """The one constant that a value is computed from, None when an argument of the call goes into it or none does."""
     found, seen, stack = None, set(), [operation.name]
@@ -193,11 +200,11 @@ def _why_declined(graph: SparseGraph, site: LinearSite, operation: Operation) ->
     if weight.numel() == 0:
         return f"its weight has shape {tuple(weight.shape)} and no elements"
     if weight.dtype not in DTYPES:
-        return f"its weight is {_type(weight.dtype)}; there are kernels for {' and '.join(map(_type, DTYPES))}"
+        return f"its weight is {type_name(weight.dtype)}; there are kernels for {' and '.join(map(type_name, DTYPES))}"
     if x.dtype is None or operation.dtype is None:
         return "the shape and type of its input are not known, as of nested tensors"
     if not weight.dtype == x.dtype == operation.dtype:
-        given = f"weight {_type(weight.dtype)}, input {_type(x.dtype)}, output {_type(operation.dtype)}"
+        given = f"weight {type_name(weight.dtype)}, input {type_name(x.dtype)}, output {type_name(operation.dtype)}"
         return f"it mixes types as under autocast ({given}); one type is expected"
     if len(x.shape) < 2:
         return f"its input has shape {_shape(x.sizes)}; at least two dimensions are expected"
@@ -207,13 +214,14 @@ def _why_declined(graph: SparseGraph, site: LinearSite, operation: Operation) ->
         )
     if not operation.contiguous:
         return "its output is not laid out row by row"
-    return _changed(graph, site)
+    return weight_changes(graph, site.weight_op)
 
 
-def _changed(graph: SparseGraph, site: LinearSite) -> str | None:
+def weight_changes(graph: SparseGraph, weight: str) -> str | None:
+    """Why a weight cannot be relied on inside of the graph, None if it can."""
     for writer in graph.writers():
         for name in writer.mutates:
-            if site.weight_op in graph.roots(name):
+            if weight in graph.roots(name):
                 return f"its weight is or may be changed inside the graph by {writer.name}"
     return None
 
@@ -222,5 +230,6 @@ def _shape(sizes: tuple[Size, ...] | None) -> str:
     return f"[{', '.join(map(str, sizes or ()))}]"
 
 
-def _type(dtype: torch.dtype | None) -> str:
+def type_name(dtype: torch.dtype | None) -> str:
+    """A type as the messages spell it."""
     return str(dtype).removeprefix("torch.")

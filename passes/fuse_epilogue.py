@@ -1,20 +1,24 @@
-"""Let a site take in what follows it: a bias, an activation, a residual, when nothing else could see the difference."""
+"""Let a site take in what follows it, when nothing else could see the difference.
+
+A linear takes a bias, an activation and a residual; a convolution a batch normalisation, an activation and a residual.
+"""
 
 from __future__ import annotations
 
-from sparsecomp.ir import ACTIVATIONS, IRError, LinearSite, Operation, SparseGraph
+from sparsecomp.ir import ACTIVATIONS, ConvSite, IRError, LinearSite, Norm, Operation, Site, SparseGraph
 from sparsecomp.passes.base import Pass, PassResult
 
-_EPILOGUE = frozenset({"add", "identity", *ACTIVATIONS})
+_EPILOGUE = frozenset({"add", "batch_norm", "identity", *ACTIVATIONS})
 
 
 class FuseEpilogue(Pass):
     """Extend every site along its value while that has one user which the kernels can apply.
 
-    The value of a site is `activation(x @ W.T + bias) + residual`, so the order is fixed: bias, activation, residual. A
-    site computes at the place of its last operation; it therefore stops before an operation when something between
-    could have changed what it reads. Later sites go first: of two products that are added, the later one takes the
-    other as its residual.
+    The value of a linear is `activation(x @ W.T + bias) + residual`, so the order is fixed: bias, activation, residual.
+    That of a convolution is `activation(norm(conv(x) + bias)) + residual`, where the residual may also come before the
+    activation. A site computes at the place of its last operation; it therefore stops before an operation when
+    something between could have changed what it reads. Later sites go first: of two products that are added, the later
+    one takes the other as its residual.
     """
 
     name = "fuse_epilogue"
@@ -39,7 +43,7 @@ class FuseEpilogue(Pass):
                 notes.append(f"{site.name}: takes {', '.join(site.operations[1:]) or 'nothing'}; stops because {stop}")
         return PassResult(changed, tuple(reversed(notes)))
 
-    def _extend(self, graph: SparseGraph, site: LinearSite, taken: set[str]) -> str:
+    def _extend(self, graph: SparseGraph, site: Site, taken: set[str]) -> str:
         value, pending = site.anchor, []
         while True:
             users = graph.users(value)
@@ -60,7 +64,7 @@ class FuseEpilogue(Pass):
             value, pending = user.name, []
 
 
-def _why_stop(graph: SparseGraph, site: LinearSite, value: str, user: Operation, taken: set[str]) -> str | None:
+def _why_stop(graph: SparseGraph, site: Site, value: str, user: Operation, taken: set[str]) -> str | None:
     """What forbids taking a user, whatever room the site has."""
     if user.kind not in _EPILOGUE:
         return f"{user.name} ({user.kind}) is not part of an epilogue"
@@ -81,9 +85,12 @@ def _why_stop(graph: SparseGraph, site: LinearSite, value: str, user: Operation,
     return _hazard(graph, site, user)
 
 
-def _hazard(graph: SparseGraph, site: LinearSite, last: Operation) -> str | None:
+def _hazard(graph: SparseGraph, site: Site, last: Operation) -> str | None:
     """Whether something between the product and `last` changes what the site reads."""
-    read = {root for name in (site.x, site.bias, site.residual) if name is not None for root in graph.roots(name)}
+    operands = [name for name in (site.x, site.bias, site.residual) if name is not None]
+    if isinstance(site, ConvSite) and site.norm is not None:
+        operands += site.norm.values
+    read = {root for name in operands for root in graph.roots(name)}
     outside = any(graph.operation(root).kind in ("input", "constant") for root in read)
     for writer in graph.writers(after=site.operations[0], before=last.name):
         if writer.name in site.operations:
@@ -95,11 +102,17 @@ def _hazard(graph: SparseGraph, site: LinearSite, last: Operation) -> str | None
     return None
 
 
-def _absorb(graph: SparseGraph, site: LinearSite, value: str, user: Operation) -> str | None:
+def _absorb(graph: SparseGraph, site: Site, value: str, user: Operation) -> str | None:
     """Take a user into the site if the form of a site has room for it; otherwise say why not."""
+    if user.kind == "batch_norm":
+        return _absorb_norm(graph, site, user)
     if user.kind in ACTIVATIONS:
-        if site.activation != "none" or site.residual is not None:
-            return f"{user.name} ({user.kind}) comes after an activation or a residual"
+        if site.activation != "none":
+            return f"{user.name} ({user.kind}) comes after an activation"
+        if site.residual is not None:
+            if isinstance(site, LinearSite):
+                return f"{user.name} ({user.kind}) comes after a residual"
+            site.residual_first = True
         site.activation = user.kind
         return None
     if "scalar" in user.attrs:
@@ -107,10 +120,27 @@ def _absorb(graph: SparseGraph, site: LinearSite, value: str, user: Operation) -
     other = graph.operation(next(name for name in user.inputs[:2] if name != value))
     if other.dtype != site.dtype:
         return f"{user.name} adds {other.dtype} to {site.dtype}"
-    if other.sizes == (site.out_features,) and (site.bias, site.residual, site.activation) == (None, None, "none"):
+    free = (site.bias, site.residual, site.activation) == (None, None, "none")
+    if isinstance(site, LinearSite) and free and other.sizes == (site.out_features,):
         site.bias = other.name
         return None
     if other.sizes == user.sizes and site.residual is None:
         site.residual = other.name
         return None
     return f"{user.name} adds a value of another shape or a second one"
+
+
+def _absorb_norm(graph: SparseGraph, site: Site, user: Operation) -> str | None:
+    if isinstance(site, LinearSite):
+        return f"{user.name} normalises a linear"
+    if site.norm is not None or site.activation != "none" or site.residual is not None:
+        return f"{user.name} comes after another normalisation, an activation or a residual"
+    mean, variance, *affine = user.inputs[1:]
+    for name in (mean, variance, *affine):
+        if graph.operation(name).sizes != (site.out_features,):
+            return f"{user.name} reads {name} of another shape than [{site.out_features}]"
+    has_weight, has_bias = user.attrs["affine"]
+    weight = affine[0] if has_weight else None
+    bias = affine[int(has_weight)] if has_bias else None
+    site.norm = Norm(mean, variance, weight, bias, user.attrs["eps"])
+    return None

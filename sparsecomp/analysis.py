@@ -13,14 +13,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsecomp.frontends.fx import build
 from sparsecomp.frontends.fx_expand import Expansion, expand
-from sparsecomp.ir import LinearSite, SparseGraph
+from sparsecomp.ir import ConvSite, Site, SparseGraph
 from sparsecomp.log import GRAPHS, DebugFolder, log
 from sparsecomp.options import Options
 from sparsecomp.passes import Pass, PassResult, default_passes, run_passes
 from sparsecomp.planner import SiteChoice, choose, decline, measure
+from sparsecomp.planner.choose import offered_candidates
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.failures import failures_of
 from sparsecomp.targets.base import DENSE, Candidate, Problem, Target, WeightFacts
+from sparsecomp.window import Maps
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 """Element types of x, weight and output that the sparse op takes."""
@@ -40,31 +42,46 @@ class SiteChooser:
     """
 
     def __init__(
-        self, site: LinearSite, target: Target, options: Options, measured: dict[Candidate, float] | None = None
+        self, site: Site, target: Target, options: Options, measured: dict[Candidate, float] | None = None
     ) -> None:
         self._name, self._dynamic, self._tokens = site.name, site.dynamic, site.tokens
         self._activation, self._residual, self._dtype = site.activation, site.residual is not None, site.dtype
         self._target, self._options, self._measured = target, options, measured
+        self._window = site.window if isinstance(site, ConvSite) else None
+        self._maps = site.maps if isinstance(site, ConvSite) else None
 
-    def problem(self, facts: WeightFacts, tokens: int) -> Problem:
-        """What the site computes for a weight and a number of tokens."""
-        return Problem(facts, tokens, torch.get_num_threads(), self._activation, self._residual, self._dtype)
+    def problem(self, facts: WeightFacts, call: int | Maps | None = None) -> Problem:
+        """What the site computes for a weight and a number of tokens, or maps; for those that were seen if None."""
+        tokens, maps = (call, self._maps) if isinstance(call, int) else (self._tokens, call or self._maps)
+        if self._window is not None and maps is not None:
+            tokens = maps.positions(self._window)
+        return Problem(
+            facts,
+            tokens,
+            torch.get_num_threads(),
+            self._activation,
+            self._residual,
+            self._dtype,
+            self._window,
+            maps,
+        )
 
-    def choice(self, facts: WeightFacts, tokens: int) -> SiteChoice:
+    def choice(self, facts: WeightFacts, call: int | Maps | None = None) -> SiteChoice:
         """The choice with its reason."""
+        problem = self.problem(facts, call)
         return choose(
             facts,
-            self.problem(facts, tokens),
+            problem,
             self._target,
             self._options,
             name=self._name,
             dynamic=self._dynamic,
-            measured=self._measured if tokens == self._tokens else None,
+            measured=self._measured if (problem.tokens, problem.maps) == (self._tokens, self._maps) else None,
         )
 
-    def __call__(self, facts: WeightFacts, tokens: int) -> Candidate:
+    def __call__(self, facts: WeightFacts, call: int | Maps | None = None) -> Candidate:
         """The candidate alone, as the run time asks for it."""
-        return self.choice(facts, tokens).chosen
+        return self.choice(facts, call).chosen
 
 
 class StaysDense:
@@ -75,8 +92,8 @@ class StaysDense:
         chooser: of the site.
     """
 
-    def __init__(self, site: LinearSite, chooser: SiteChooser) -> None:
-        self._transposed, self._tokens, self._chooser = site.transposed, site.tokens, chooser
+    def __init__(self, site: Site, chooser: SiteChooser) -> None:
+        self._transposed, self._chooser = site.transposed, chooser
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         if site.weight is not None:
             self._remember(site.weight)
@@ -93,7 +110,7 @@ class StaysDense:
         if type(weight) not in (Tensor, torch.nn.Parameter) or weight.is_inference():
             return True  # such a weight stays dense whatever it holds
         with torch.no_grad():
-            dense = self._chooser(facts_of(weight, self._transposed), self._tokens).is_dense
+            dense = self._chooser(facts_of(weight, self._transposed)).is_dense
         if dense:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
@@ -114,7 +131,7 @@ class PlannedSite:
         chooser: makes the decision for other shapes; None where the site cannot be rewritten.
     """
 
-    site: LinearSite
+    site: Site
     choice: SiteChoice
     chooser: SiteChooser | None = None
 
@@ -173,9 +190,7 @@ def analyse(
     return analysis
 
 
-def _plan_site(
-    site: LinearSite, options: Options, target: Target, autocast: str | None, tuner: _Tuner | None
-) -> PlannedSite:
+def _plan_site(site: Site, options: Options, target: Target, autocast: str | None, tuner: _Tuner | None) -> PlannedSite:
     reason = site.declined or autocast or weight_reason(site) or _excluded(site, options)
     try:
         facts = facts_of(site.weight, site.transposed) if _countable(site.weight) else None
@@ -183,7 +198,7 @@ def _plan_site(
             return PlannedSite(site, decline(site, reason or "its weight cannot be read", facts))
         measured = tuner.measure(site, facts) if tuner is not None else None
         chooser = SiteChooser(site, target, options, measured)
-        choice = chooser.choice(facts, site.tokens)
+        choice = chooser.choice(facts)
         if failed := failures_of(site.weight):
             choice = replace(choice, reason=f"{choice.reason}; {failed}")
         return PlannedSite(site, choice, chooser)
@@ -193,12 +208,12 @@ def _plan_site(
         return PlannedSite(site, decline(site, f"its analysis failed with {type(error).__name__}: {error}"))
 
 
-def _excluded(site: LinearSite, options: Options) -> str | None:
+def _excluded(site: Site, options: Options) -> str | None:
     rule = options.excluding(site.name)
     return None if rule is None else f"excluded by {rule!r}"
 
 
-def weight_reason(site: LinearSite) -> str | None:
+def weight_reason(site: Site) -> str | None:
     """Why the weight of a site cannot be packed or watched, None if it can."""
     weight = site.weight
     if type(weight) not in (Tensor, torch.nn.Parameter):
@@ -221,7 +236,7 @@ def _countable(weight: Tensor) -> bool:
         type(weight) in (Tensor, torch.nn.Parameter)
         and weight.device.type == "cpu"
         and weight.layout == torch.strided
-        and weight.ndim == 2
+        and weight.ndim >= 2
         and weight.numel() > 0
         and not weight.is_inference()
         and not weight.is_complex()
@@ -265,17 +280,18 @@ class _Tuner:
         self._target, self._options = target, options
         self._known: dict[tuple[Any, ...], dict[Candidate, float]] = {}
 
-    def measure(self, site: LinearSite, facts: WeightFacts) -> dict[Candidate, float] | None:
+    def measure(self, site: Site, facts: WeightFacts) -> dict[Candidate, float] | None:
         """Microseconds by candidate, None if there is nothing to choose from."""
         if facts.nonzeros == facts.out_features * facts.in_features:
             return None
-        problem = SiteChooser(site, self._target, self._options).problem(facts, site.tokens)
-        offered = self._target.candidates(facts, self._options.patterns)
+        problem = SiteChooser(site, self._target, self._options).problem(facts)
+        offered = offered_candidates(facts, problem, self._target, self._options.patterns)
         costs = {candidate: self._target.predict(candidate, problem) for candidate in offered}
         hopeful = [c for c, us in costs.items() if not c.is_dense and us < HOPELESS * costs[DENSE]]
         if not hopeful:
             return None
-        key = (facts.out_features, facts.in_features, round(facts.density, 2), site.tokens, site.dtype, tuple(hopeful))
+        shape = (facts.out_features, facts.in_features, round(facts.density, 2))
+        key = (shape, site.tokens, site.dtype, problem.window, problem.maps, tuple(hopeful))
         if key not in self._known:
             weight = site.weight.detach()
             matrix = weight.t().contiguous() if site.transposed else weight

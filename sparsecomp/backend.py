@@ -16,28 +16,28 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame, TensorifyScalarRestartAnalysis
-from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsecomp.analysis import Analysis, PlannedSite, StaysDense, analyse, gradient_reason
+from sparsecomp.analysis import Analysis, PlannedSite, SiteChooser, StaysDense, analyse, gradient_reason
 from sparsecomp.frontends.fx import Replacement, apply
 from sparsecomp.frontends.fx_expand import settle
 from sparsecomp.frontends.fx_guards import guard_weight
-from sparsecomp.ir import LinearSite
+from sparsecomp.ir import LinearSite, Site
 from sparsecomp.log import CODE, GRAPHS, PLAN, DebugFolder, log
 from sparsecomp.options import Options
 from sparsecomp.planner import Plan, SiteChoice
-from sparsecomp.runtime.site import ACTIVATIONS, RuntimeSite
-from sparsecomp.targets.base import DENSE, Target
+from sparsecomp.runtime.conv_site import RuntimeConv
+from sparsecomp.runtime.site import RuntimeSite
+from sparsecomp.targets.base import DENSE, ConvEpilogue, Target
+from sparsecomp.verify import difference
 
 Compiled = Callable[..., Any]
+Runtime = RuntimeSite | RuntimeConv
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """`verify`: the largest difference from dense, relative to the largest value of the dense output."""
-VERIFY_TOKENS = 4096
-"""`verify` uses at most this many tokens."""
 
 HISTORY = 256
 
@@ -149,7 +149,7 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     return compiled
 
 
-def _with_fresh_weights(compiled: Compiled, sites: list[tuple[LinearSite, RuntimeSite]]) -> Compiled:
+def _with_fresh_weights(compiled: Compiled, sites: list[tuple[Site, Runtime]]) -> Compiled:
     """Let every site look at its weight before each call: it may have changed, or be another module's."""
     if not sites:
         return compiled
@@ -176,7 +176,7 @@ class _Rewrite:
     """
 
     def __init__(self, gm: fx.GraphModule, compilation: Compilation, debug: DebugFolder) -> None:
-        self.sites: list[tuple[LinearSite, RuntimeSite]] = []
+        self.sites: list[tuple[Site, Runtime]] = []
         self._gm, self._compilation, self._debug = gm, compilation, debug
         self._original: fx.Graph | None = None
 
@@ -255,61 +255,40 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def _runtime_site(planned: PlannedSite, options: Options, target: Target) -> tuple[RuntimeSite | None, str]:
+def _runtime_site(planned: PlannedSite, options: Options, target: Target) -> tuple[Runtime | None, str]:
     """Pack the weight of a site; None and the reason if that fails or if `verify` finds a difference."""
     site, choice = planned.site, planned.choice
     if planned.chooser is None:
         return None, choice.reason
     try:
         with _disable_current_modes(), torch.no_grad():
-            runtime = RuntimeSite(site.name, site.weight, site.transposed, target, planned.chooser, site.activation)
             # Packs and builds now, where a failure can still be answered with dense.
-            runtime.prepare(site.tokens, site.residual is not None)
-            difference = _difference(site, runtime) if options.verify else 0.0
+            runtime = _prepared(site, planned.chooser, target)
+            found = difference(site, runtime) if options.verify else 0.0
     except Exception as error:  # noqa: BLE001 -- logged with its traceback
         log.warning("site %s stays dense: preparing %s failed", site.name, choice.chosen, exc_info=True)
         return None, f"preparing {choice.chosen} failed with {type(error).__name__}: {error}"
     limit = TOLERANCE[site.dtype]
     # Written so that a NaN counts as a difference.
-    if not difference <= limit:
-        reason = (
-            f"verify: {choice.chosen} differs from dense by {difference:.2g} of its largest value, more than {limit:g}"
-        )
+    if not found <= limit:
+        reason = f"verify: {choice.chosen} differs from dense by {found:.2g} of its largest value, more than {limit:g}"
         log.error("site %s stays dense: %s; please report this", site.name, reason)
         return None, reason
     return runtime, choice.reason
 
 
-def _difference(site: LinearSite, runtime: RuntimeSite) -> float:
-    """The largest difference of a site from dense on random input, relative to the largest value of dense."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(site.dtype)
-
-    tokens = max(1, min(site.tokens, VERIFY_TOKENS))
-    x = random(tokens, site.in_features)
-    bias = random(site.out_features) if site.bias is not None else None
-    residual = random(tokens, site.out_features) if site.residual is not None else None
-    weight = site.weight.detach()
-    expected = functional.linear(x, weight.t() if site.transposed else weight, bias)
-    expected = ACTIVATIONS[site.activation](expected)
-    if residual is not None:
-        expected = expected + residual
-    runtime.refresh(site.weight)
-    given = torch.ops.sparsecomp.linear(x, bias, residual, runtime.handle, site.out_features, site.activation)
-    if given.shape != expected.shape or given.dtype != expected.dtype:
-        return float("inf")
-    expected, given = expected.double(), given.double()
-    finite = expected.isfinite()
-    if not torch.equal(finite, given.isfinite()):
-        return float("inf")
-    expected, given = expected[finite], given[finite]
-    if expected.numel() == 0:
-        return 0.0
-    scale = expected.abs().max().item()
-    difference = (given - expected).abs().max().item()
-    return difference / scale if scale else difference
+def _prepared(site: Site, chooser: SiteChooser, target: Target) -> Runtime:
+    residual = site.residual is not None
+    if isinstance(site, LinearSite):
+        linear = RuntimeSite(site.name, site.weight, site.transposed, target, chooser, site.activation)
+        linear.prepare(site.tokens, residual)
+        return linear
+    if site.window is None:
+        raise ValueError(f"convolution {site.name} has no window")
+    epilogue = ConvEpilogue(site.activation, site.residual_first)
+    conv = RuntimeConv(site.name, site.weight, site.window, target, chooser, epilogue)
+    conv.prepare(site.maps, residual)
+    return conv
 
 
 def _record(compilation: Compilation, debug: DebugFolder) -> None:

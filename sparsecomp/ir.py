@@ -15,7 +15,9 @@ from typing import Any
 import networkx as nx
 import torch
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+from sparsecomp.window import Maps, Window
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish")
 """What a site can apply to its product, as the op and the kernels spell it."""
 
 Size = int | str
@@ -32,15 +34,18 @@ class Operation:
 
     Attributes:
         name: Unique in the graph; the name of the node in the graph of the front end.
-        kind: Canonical kind: input, constant, linear, addmm, matmul, transpose, add, mul, relu, gelu, gelu_tanh, silu,
-            sigmoid, tanh, identity, reshape, layer_norm, softmax, attention, embedding, composite (an operation of
-            PyTorch with linears inside), transform (part of torch.func), output, or opaque.
-        inputs: Names of the values read, the canonical operands first and in canonical order (linear: x, weight, bias;
-            addmm: bias, x, weight; matmul, add, mul: left, right), then any other.
+        kind: Canonical kind: input, constant, linear, addmm, matmul, conv, batch_norm (in evaluation mode), transpose,
+            add, mul, relu, relu6, hardswish, gelu, gelu_tanh, silu, sigmoid, tanh, identity, reshape, layer_norm,
+            softmax, attention, embedding, composite (an operation of PyTorch with linears inside), transform (part of
+            torch.func), output, or opaque.
+        inputs: Names of the values read, the canonical operands first and in canonical order (linear, conv: x, weight,
+            bias; addmm: bias, x, weight; batch_norm: x, mean, variance, weight, bias; matmul, add, mul: left, right),
+            then any other.
         attrs: What else defines the operation. constant: `value` (tensor), `index` (graph input or -1), `path`
             (qualified name or ""). input: `index`, `why` (why it is not constant). transpose: `permutation`. add, mul
-            with one input: `scalar`. composite: `expanded`, `weights` (names of the inputs that hold them),
-            `function`. Any: `composite`, the operation that it was expanded from.
+            with one input: `scalar`. conv: `function`, `stride`, `padding`, `dilation`, `groups`. batch_norm: `eps`,
+            `affine` (whether it has a weight, a bias). composite: `expanded`, `weights` (names of the inputs that
+            hold them), `function`. Any: `composite`, the operation that it was expanded from.
         shape: Sizes; of a dynamic dimension the hint that the front end saw.
         sizes: The same with dynamic dimensions as text, so that equality means equal for every run.
         dynamic: Whether any dimension is dynamic.
@@ -144,6 +149,87 @@ class LinearSite:
         return f"{self.name}: {size} ({', '.join(parts)}) {state}"
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A batch normalisation in evaluation mode: the values it reads, each `[O]`, and its epsilon."""
+
+    mean: str
+    variance: str
+    weight: str | None
+    bias: str | None
+    eps: float
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The names of what it reads."""
+        return tuple(name for name in (self.mean, self.variance, self.weight, self.bias) if name is not None)
+
+
+@dataclass(eq=False)
+class ConvSite:
+    """A convolution with a constant weight; its value is `activation(norm(conv(x) + bias)) + residual`.
+
+    Attributes:
+        weight: The real constant, [O, I / groups, kh, kw] or [O, I / groups, k].
+        window: Of the convolution; None for a declined site that is not understood.
+        x: Value convolved, [N, I, H, W] or [N, I, L].
+        maps: N, H and W of x (hints where they are dynamic); H is 1 for [N, I, L].
+        tokens: Output positions of all images, N * OH * OW.
+        norm: Batch normalisation behind the convolution, or None.
+        residual_first: Whether the residual is added before the activation.
+
+    The others are those of `LinearSite`.
+    """
+
+    name: str
+    weight: torch.Tensor
+    weight_op: str
+    weight_index: int
+    window: Window | None
+    x: str
+    maps: Maps
+    operations: tuple[str, ...]
+    tokens: int
+    dynamic: bool
+    dtype: torch.dtype
+    bias: str | None = None
+    norm: Norm | None = None
+    residual: str | None = None
+    residual_first: bool = False
+    activation: str = "none"
+    declined: str | None = None
+    composite: str = ""
+
+    transposed = False
+
+    @property
+    def anchor(self) -> str:
+        """The operation whose value the site replaces."""
+        return self.operations[-1]
+
+    @property
+    def out_features(self) -> int:
+        """O, the number of output channels."""
+        return int(self.weight.shape[0]) if self.weight.ndim else 0
+
+    @property
+    def in_features(self) -> int:
+        """I / groups * kh * kw, what a row of the weight has."""
+        return prod(self.weight.shape[1:])
+
+    def __str__(self) -> str:
+        norm = [f"norm={self.norm.mean}"] if self.norm is not None else []
+        parts = [f"x={self.x}", f"weight={self.weight_op}", f"window={self.window}", *norm]
+        parts += [f"{key}={value}" for key, value in (("bias", self.bias), ("residual", self.residual)) if value]
+        parts += [f"activation={self.activation}"] if self.activation != "none" else []
+        state = f"declined: {self.declined}" if self.declined else f"replaces {', '.join(self.operations)}"
+        size = f"{self.in_features} -> {self.out_features}, {self.tokens} positions"
+        return f"{self.name}: {size} ({', '.join(parts)}) {state}"
+
+
+Site = LinearSite | ConvSite
+
+
 def _matrix(weight: torch.Tensor) -> tuple[int, int]:
     return (int(weight.shape[0]), int(weight.shape[1])) if weight.ndim == 2 else (0, 0)
 
@@ -159,7 +245,7 @@ class SparseGraph:
         self._graph: nx.DiGraph[str] = nx.DiGraph()
         self._positions: dict[str, int] = {}
         self._writers: list[Operation] = []
-        self.sites: list[LinearSite] = []
+        self.sites: list[Site] = []
 
     def add(self, operation: Operation) -> Operation:
         """Append an operation.
@@ -256,7 +342,7 @@ class SparseGraph:
                     if owners.setdefault(name, site.name) != site.name:
                         raise IRError(f"{name} is absorbed by two sites, {owners[name]} and {site.name}")
 
-    def _verify_site(self, site: LinearSite) -> None:
+    def _verify_site(self, site: Site) -> None:
         def require(holds: bool, rule: str) -> None:
             if not holds:
                 raise IRError(f"site {site.name}: {rule}")
@@ -266,20 +352,31 @@ class SparseGraph:
         places = [self.position(name) for name in site.operations]
         require(places == sorted(set(places)), f"operations {site.operations} are not in graph order")
         weight, x, out = self.operation(site.weight_op), self.operation(site.x), self.operation(site.anchor)
-        product = (*(x.sizes or ())[:-1], site.out_features)
         require(weight.kind == "constant", f"weight {site.weight_op} is of kind {weight.kind}, expected constant")
-        require(site.weight.ndim == 2, f"weight has shape {tuple(site.weight.shape)}, expected a matrix")
-        require(x.shape[-1:] == (site.in_features,), f"x has shape {x.shape}, expected [..., {site.in_features}]")
-        require(len(x.shape) >= 2, f"x has shape {x.shape}, expected at least two dimensions")
-        require(out.sizes == product, f"{out.name} has shape {out.sizes}, expected {product}")
-        require(site.dynamic or prod(x.shape[:-1]) == site.tokens, f"tokens is {site.tokens} but x has shape {x.shape}")
+        if isinstance(site, LinearSite):
+            product = (*(x.sizes or ())[:-1], site.out_features)
+            tokens = prod(x.shape[:-1])
+            require(site.weight.ndim == 2, f"weight has shape {tuple(site.weight.shape)}, expected a matrix")
+            require(x.shape[-1:] == (site.in_features,), f"x has shape {x.shape}, expected [..., {site.in_features}]")
+            require(len(x.shape) >= 2, f"x has shape {x.shape}, expected at least two dimensions")
+            require(out.sizes == product, f"{out.name} has shape {out.sizes}, expected {product}")
+        else:
+            tokens = out.shape[0] * prod(out.shape[2:])
+            require(site.window is not None, "it has no window")
+            require(site.weight.ndim == len(x.shape) and len(x.shape) in (3, 4), f"x has shape {x.shape}")
+            require(out.shape[1:2] == (site.out_features,), f"{out.name} has shape {out.shape}")
+            for name in site.norm.values if site.norm is not None else ():
+                sizes = self.operation(name).sizes
+                require(sizes == (site.out_features,), f"{name} has shape {sizes}, expected ({site.out_features},)")
+        require(site.dynamic or tokens == site.tokens, f"tokens is {site.tokens} but x has shape {x.shape}")
         if site.bias is not None:
             sizes = self.operation(site.bias).sizes
             require(sizes == (site.out_features,), f"bias has shape {sizes}, expected ({site.out_features},)")
         if site.residual is not None:
             sizes = self.operation(site.residual).sizes
             require(sizes == out.sizes, f"residual has shape {sizes}, expected {out.sizes}")
-        for operand in (site.x, site.bias, site.residual):
+        norm = site.norm.values if isinstance(site, ConvSite) and site.norm is not None else ()
+        for operand in (site.x, site.bias, site.residual, *norm):
             if operand is not None:
                 require(operand not in site.operations, f"{operand} is an operand and absorbed at once")
                 require(self.position(operand) < places[-1], f"{operand} is produced after the anchor {site.anchor}")

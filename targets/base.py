@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Detection, detect, kept_columns
+from sparsecomp.window import Maps, Window
 
 PANEL_SIZES = (1, 2, 4, 8, 16, 32)
 """Numbers of output rows that kernels let share their columns; the facts of a weight count the columns for each."""
@@ -93,13 +94,17 @@ class WeightFacts:
 class Problem:
     """What a site computes in one call: `activation(x @ W.T + bias) + residual` with x of `[tokens, I]`.
 
+    Of a convolution the weight is seen as `[O, I / groups * taps]`.
+
     Attributes:
         facts: of the weight.
-        tokens: rows of x.
+        tokens: rows of x; of a convolution the output positions of all images.
         threads: threads that the call may use.
-        activation: `none`, `relu`, `gelu`, `gelu_tanh` or `silu`.
+        activation: as `sparsecomp.kernels.epilogue` spells it.
         residual: whether a tensor of the output's shape is added.
         dtype: of x, weight and output.
+        window: of a convolution, None for a linear.
+        maps: that a convolution is called with.
     """
 
     facts: WeightFacts
@@ -108,6 +113,8 @@ class Problem:
     activation: str = "none"
     residual: bool = False
     dtype: torch.dtype = torch.float32
+    window: Window | None = None
+    maps: Maps | None = None
 
 
 class Kernel(ABC):
@@ -138,6 +145,52 @@ class Kernel(ABC):
     def source(self) -> str:
         """The generated code, for people; empty if there is none."""
         return ""
+
+
+class ConvKernel(ABC):
+    """A weight packed for a convolution kernel that is ready to run.
+
+    Attributes:
+        nbytes: bytes of the packed weight.
+    """
+
+    nbytes: int
+
+    @abstractmethod
+    def run(
+        self, x: Tensor, terms: Tensor | None, residual: Tensor | None, epilogue: ConvEpilogue, out: Tensor
+    ) -> None:
+        """Write the convolution of x with its epilogue to out; all tensors are contiguous float32.
+
+        Args:
+            x: `[N, I, H, W]`.
+            terms: `[2 * O]`, what is added to the scaled sums, then the scales; nothing is added or scaled if None.
+            residual: of the output's shape, or None.
+            epilogue: what follows.
+            out: `[N, O, OH, OW]`, not empty, written.
+        """
+
+    @abstractmethod
+    def build(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> None:
+        """Compile now what a call would compile."""
+
+    @property
+    def source(self) -> str:
+        """The generated code, for people; empty if there is none."""
+        return ""
+
+
+@dataclass(frozen=True)
+class ConvEpilogue:
+    """What follows a convolution.
+
+    Attributes:
+        activation: as in `Problem`.
+        residual_first: whether a residual is added before the activation.
+    """
+
+    activation: str = "none"
+    residual_first: bool = False
 
 
 class Target(ABC):
@@ -171,6 +224,20 @@ class Target(ABC):
         Raises:
             ValueError: the weight does not satisfy the pattern of the candidate.
         """
+
+    def conv_candidates(
+        self, facts: WeightFacts, window: Window, allowed: Collection[str] | None = None
+    ) -> list[Candidate]:
+        """The ways to compute a convolution, `DENSE` first; a target without convolution kernels has no other."""
+        return [DENSE]
+
+    def prepare_conv(self, candidate: Candidate, weight: Tensor, window: Window) -> ConvKernel:
+        """Pack a weight `[O, I / groups, *kernel]` for one of `conv_candidates` and build its kernel.
+
+        Raises:
+            ValueError: the target has no such kernel, or the weight does not satisfy the pattern of the candidate.
+        """
+        raise ValueError(f"target {self.name} has no convolution kernel {candidate.kernel!r}")
 
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the packed weight as `prepare` gives them, from the facts alone; of dense, those of the weight."""

@@ -22,6 +22,8 @@ _APPLY: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda value: functional.gelu(value, approximate="tanh"),
     "silu": functional.silu,
+    "relu6": functional.relu6,
+    "hardswish": functional.hardswish,
 }
 assert set(_APPLY) == set(ACTIVATIONS)
 

@@ -218,7 +218,7 @@ def test_errors_are_the_users() -> None:
 
 def test_a_kernel_that_failed_at_run_time_is_in_the_reason_of_its_layer() -> None:
     model = pruned(Encoder())
-    record_failure(model.layer[0].up.weight, 7, RuntimeError("no memory"))
+    record_failure(model.layer[0].up.weight, "7 tokens", RuntimeError("no memory"))
     reasons = {choice.name: choice.reason for choice in explain(model, torch.randn(64, 32))}
     assert reasons["layer.0.up"].endswith("ran dense at 7 tokens, where its kernel failed with RuntimeError: no memory")
     assert "ran dense" not in reasons["layer.0.down"]

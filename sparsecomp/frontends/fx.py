@@ -18,7 +18,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsecomp.frontends.fx_ops import classify, is_transform, mutated, tensor_value
-from sparsecomp.ir import LinearSite, Operation, Size, SparseGraph
+from sparsecomp.ir import ConvSite, LinearSite, Norm, Operation, Site, Size, SparseGraph
 
 COMPOSITE = "sparsecomp_composite"
 """Key in the metadata of a node that was expanded from a composite: the composite's name."""
@@ -31,7 +31,7 @@ UNKNOWN_SIZE = 64
 class Replacement:
     """A site to be run by the sparse op, and the handle under which its weight is registered."""
 
-    site: LinearSite
+    site: Site
     handle: int
 
 
@@ -86,7 +86,8 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
     Args:
         gm: The graph that the sites were found in, or a copy with the same node names.
         replacements: What to replace. At the place of its anchor each becomes a call of
-            `torch.ops.sparsecomp.linear.default(x, bias, residual, handle, out_features, activation)`.
+            `torch.ops.sparsecomp.linear.default(x, bias, residual, handle, out_features, activation)`, or of
+            `torch.ops.sparsecomp.conv.default(x, terms, residual, handle, ...)` behind what computes the terms.
 
     Raises:
         ValueError: A site is declined, given twice, or its operations are not in the graph.
@@ -98,6 +99,7 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
         if site.declined is not None:
             raise ValueError(f"site {site.name} cannot be replaced, it was declined: {site.declined}")
         wanted = [*site.operations, site.x, *(name for name in (site.bias, site.residual) if name is not None)]
+        wanted += site.norm.values if isinstance(site, ConvSite) and site.norm is not None else ()
         missing = [name for name in wanted if name not in nodes]
         if missing:
             raise ValueError(f"site {site.name} needs {', '.join(missing)}, which this graph does not have")
@@ -116,10 +118,11 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
 def _replace(graph: fx.Graph, replacement: Replacement, nodes: dict[str, fx.Node]) -> None:
     site = replacement.site
     anchor = nodes[site.anchor]
-    operands = [nodes[name] if name is not None else None for name in (site.x, site.bias, site.residual)]
-    target = torch.ops.sparsecomp.linear.default
     with graph.inserting_before(anchor):
-        new = graph.call_function(target, (*operands, replacement.handle, site.out_features, site.activation))
+        if isinstance(site, LinearSite):
+            new = _linear_call(graph, site, replacement.handle, nodes)
+        else:
+            new = _conv_call(graph, site, replacement.handle, nodes)
     new.meta = dict(anchor.meta)
     anchor.replace_all_uses_with(new)
     nodes[site.anchor] = new  # a later site may read this value under its old name
@@ -128,6 +131,50 @@ def _replace(graph: fx.Graph, replacement: Replacement, nodes: dict[str, fx.Node
     for old in absorbed:
         graph.erase_node(old)
     _erase_unused(graph, [source for source in read if source not in absorbed])
+
+
+def _linear_call(graph: fx.Graph, site: LinearSite, handle: int, nodes: dict[str, fx.Node]) -> fx.Node:
+    operands = [nodes[name] if name is not None else None for name in (site.x, site.bias, site.residual)]
+    target = torch.ops.sparsecomp.linear.default
+    return graph.call_function(target, (*operands, handle, site.out_features, site.activation))
+
+
+def _conv_call(graph: fx.Graph, site: ConvSite, handle: int, nodes: dict[str, fx.Node]) -> fx.Node:
+    window = site.window
+    if window is None:
+        raise ValueError(f"site {site.name} cannot be replaced, it has no window")
+    terms = _terms(graph, site.norm, site.bias, nodes)
+    residual = nodes[site.residual] if site.residual is not None else None
+    sizes: list[Any] = [window.kernel, window.stride, window.padding, window.dilation]
+    arguments = (nodes[site.x], terms, residual, handle, site.out_features, *sizes)
+    return graph.call_function(torch.ops.sparsecomp.conv.default, arguments)
+
+
+def _terms(graph: fx.Graph, norm: Norm | None, bias: str | None, nodes: dict[str, fx.Node]) -> fx.Node | None:
+    """What is added to the scaled sums and the scales, in one vector.
+
+    Computed anew in each call, by a few operations on vectors that Inductor makes one loop of: so a change of the
+    normalisation is seen without anybody looking for it.
+    """
+
+    def call(function: Any, *args: Any) -> fx.Node:
+        return graph.call_function(function, args)
+
+    if norm is None and bias is None:
+        return None
+    if norm is None:
+        shift = call(torch.Tensor.float, nodes[str(bias)])
+        return call(torch.cat, [shift, call(torch.ones_like, shift)])
+    mean, variance = (call(torch.Tensor.float, nodes[name]) for name in (norm.mean, norm.variance))
+    scale = call(torch.rsqrt, call(torch.add, variance, norm.eps))
+    if norm.weight is not None:
+        scale = call(torch.mul, scale, nodes[norm.weight])
+    if bias is not None:
+        mean = call(torch.sub, mean, nodes[bias])
+    shift = call(torch.neg, call(torch.mul, mean, scale))
+    if norm.bias is not None:
+        shift = call(torch.add, shift, nodes[norm.bias])
+    return call(torch.cat, [shift, scale])
 
 
 def _erase_unused(graph: fx.Graph, candidates: list[fx.Node]) -> None:

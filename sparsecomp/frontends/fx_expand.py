@@ -20,7 +20,7 @@ from torch import fx
 
 from sparsecomp.frontends.fx import COMPOSITE
 from sparsecomp.frontends.fx_ops import argument, function_name, tensor_value
-from sparsecomp.ir import LinearSite
+from sparsecomp.ir import Site
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def settle(
     gm: fx.GraphModule,
     expansions: Collection[Expansion],
     keep: Collection[str] = (),
-    sites: Iterable[LinearSite] = (),
+    sites: Iterable[Site] = (),
 ) -> None:
     """Keep some expansions and undo the others, in place; then recompile.
 
     Args:
         gm: The graph that `expand` changed.
         expansions: What it returned.
-        keep: Names of the composites that stay taken apart (`LinearSite.composite` of the sites to be replaced).
+        keep: Names of the composites that stay taken apart (`composite` of the sites to be replaced).
         sites: Sites found since; those that read a value of a restored composite read it under its old name afterwards.
 
     Raises:

@@ -292,6 +292,41 @@ def _plain(kind: str, *names: str) -> Callable[[fx.Node], Call | None]:
     return lambda node: Call(kind, _operands(node, *names))
 
 
+def _conv(node: fx.Node) -> Call:
+    name = str(function_name(node))
+    operands = [_node(argument(node, 0, "input")), _node(argument(node, 1, "weight"))]
+    bias = argument(node, 2, "bias", None)
+    attrs: dict[str, Any] = {"function": name}
+    if name in ("conv1d", "conv2d"):
+        attrs |= {
+            "stride": argument(node, 3, "stride", 1),
+            "padding": argument(node, 4, "padding", 0),
+            "dilation": argument(node, 5, "dilation", 1),
+            "groups": argument(node, 6, "groups", 1),
+        }
+    return Call("conv", (*operands, *(() if bias is None else (_node(bias),))), attrs)
+
+
+def _batch_norm(node: fx.Node) -> Call | None:
+    if argument(node, 5, "training", False) is not False:
+        return None
+    operands = _operands(node, "input", "running_mean", "running_var")
+    affine = [argument(node, 3, "weight", None), argument(node, 4, "bias", None)]
+    given = tuple(_node(value) for value in affine if value is not None)
+    attrs = {"eps": float(argument(node, 7, "eps", 1e-5)), "affine": tuple(value is not None for value in affine)}
+    return Call("batch_norm", (*operands, *given), attrs)
+
+
+def _clamped(low: str, high: str) -> Callable[[fx.Node], Call | None]:
+    """A clamp to the range of ReLU6, by the names of its bounds."""
+
+    def read(node: fx.Node) -> Call | None:
+        bounds = argument(node, 1, low), argument(node, 2, high)
+        return Call("relu6", (_node(argument(node, 0, "input")),)) if bounds == (0, 6) else None
+
+    return read
+
+
 def _composite(node: fx.Node, places: dict[str, int]) -> Call:
     given = [argument(node, place, name, None) for name, place in places.items()]
     weights = tuple(value.name for value in given if isinstance(value, fx.Node))
@@ -305,6 +340,12 @@ _READERS: dict[str, Callable[[fx.Node], Call | None]] = {
     **dict.fromkeys(("add", "iadd", "__add__"), _binary("add")),
     **dict.fromkeys(("mul", "imul", "multiply", "__mul__"), _binary("mul")),
     **{kind: _plain(kind, "input") for kind in ("relu", "silu", "sigmoid", "tanh")},
+    **{kind: _plain(kind, "input") for kind in ("relu6", "hardswish")},
+    "hardtanh": _clamped("min_val", "max_val"),
+    **dict.fromkeys(("clamp", "clip"), _clamped("min", "max")),
+    **{f"conv{dims}d": _conv for dims in (1, 2, 3)},
+    **{f"conv_transpose{dims}d": _conv for dims in (1, 2, 3)},
+    "batch_norm": _batch_norm,
     "gelu": _gelu,
     "dropout": _dropout,
     **dict.fromkeys(

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from sparsecomp.kernels import tir
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.quads import QUAD, QUAD_FIELDS, QuadWeight
+from sparsecomp.window import Window
 
 WEIGHTS = ("float32", "uint64", "int32", "int32")  # values, words, quads, table
 DIMS = (
@@ -61,8 +62,8 @@ class ConvSchedule:
         masked: whether taps reach outside of the map; false for windows of 1 x 1 without padding.
         whole: whether a tile lies within one image whose positions all count; else tiles run on over the images and
             the sums are stored run by run, which small maps and maps with unused columns need.
-        spread: `load` broadcasts each weight from memory; `shuffle` loads four at once, for CPUs whose loads are scarcer
-            than shuffles.
+        spread: `load` broadcasts each weight from memory; `shuffle` loads four at once, for CPUs that run short of
+            loads before they do of shuffles.
     """
 
     lanes: int
@@ -87,7 +88,7 @@ def weights(packed: QuadWeight, table: npt.NDArray[np.int32]) -> list[npt.NDArra
 
     Args:
         packed: the weight, its columns channel by channel, in each tap by tap.
-        table: int32 `[columns, 4]`: plane within the group, rows and columns that the tap is moved by, number of the tap.
+        table: from `sparsecomp.kernels.conv_geometry.table`.
     """
     return [packed.values, packed.words, packed.quads, np.concatenate([table.reshape(-1), packed.starts])]
 
@@ -110,7 +111,7 @@ class _Tile:
 
 
 def build(schedule: ConvSchedule, epilogue: Epilogue) -> tir.Expr:
-    """The kernel in TIR. Item i is tile `i // parts`, for split `i % splits` of the chunks of group `i % parts // splits`."""
+    """The kernel in TIR. Item i is tile `i // parts`; `i % parts` counts groups, and in each splits of its chunks."""
     builder = tir.KernelBuilder("conv", WEIGHTS)
     tile = schedule.tile
     with builder.build() as args:
@@ -382,3 +383,89 @@ def _store_runs(
         with tir.loop(count - full * lanes) as rest:
             done = tir.bind(full * lanes + rest)
             _finish(args, epilogue, d, scratch[sums + lane + done], output, tir.bind(at + done), 1)
+
+
+OPEN_WEIGHTS = ("int32",)  # phases
+OPEN_DIMS = ("height", "width", "stride_y", "stride_x", "phases", "rows", "pitch")
+
+
+@dataclass(frozen=True)
+class OpenSchedule:
+    """How a map is taken apart: `step` is the stride of columns that vectors are made for, 1 or 2; 0 for none."""
+
+    lanes: int
+    step: int
+
+
+def build_open(schedule: OpenSchedule) -> tir.Expr:
+    """The kernel that takes maps apart into their phases, filled up with zeros to one size; item i is channel i."""
+    builder = tir.KernelBuilder("conv_open", OPEN_WEIGHTS)
+    lanes, step = schedule.lanes, schedule.step
+    zeros = tir.const(0.0, lanes=lanes)
+    with builder.build() as args:
+        height, width, stride_y, stride_x, phases, rows, pitch = args.sizes(*OPEN_DIMS)
+        with tir.loop(args.end - args.begin) as i, tir.loop(phases) as phase, tir.loop(rows) as row:
+            channel = tir.bind(args.begin + i)
+            y = tir.bind(row * stride_y + args["w0"][phase * 2])
+            first = tir.bind(args["w0"][phase * 2 + 1])
+            target = tir.bind(((channel * phases + phase) * rows + row) * pitch)
+            source = tir.bind((channel * height + y) * width + first)
+            inside = tir.maximum(tir.ceil_div(tir.maximum(width - first, 0), stride_x), 0)
+            count = tir.bind(tir.select(y < height, tir.minimum(inside, pitch), 0))
+            done = tir.bind(tir.floor_div(count, lanes) * lanes if step else tir.const(0, "int32"))
+            with tir.loop(tir.floor_div(done, lanes)) as v:
+                at = tir.bind(source + v * (lanes * step))
+                vector = tir.load(args["x"], at, lanes)
+                if step == 2:
+                    # The second load overlaps by one, so that nothing behind the last column is read.
+                    second = tir.load(args["x"], at + (lanes - 1), lanes)
+                    half = lanes // 2
+                    picked = [2 * k for k in range(half)] + [lanes + 2 * k + 1 for k in range(half)]
+                    vector = tir.shuffle(tir.bind(vector), tir.bind(second), picked)
+                tir.store(args["y"], target + v * lanes, vector, lanes)
+            with tir.loop(count - done) as rest:
+                value = tir.load(args["x"], source + (done + rest) * stride_x)
+                tir.store(args["y"], target + done + rest, value)
+            empty = tir.bind(pitch - count)
+            full = tir.bind(tir.floor_div(empty, lanes))
+            with tir.loop(full) as v:
+                tir.store(args["y"], target + count + v * lanes, zeros, lanes)
+            with tir.loop(empty - full * lanes) as rest:
+                tir.store(args["y"], target + count + full * lanes + rest, tir.const(0.0))
+    return builder.function
+
+
+def reference(
+    x: npt.NDArray[np.float32],
+    packed: QuadWeight,
+    window: Window,
+    terms: npt.NDArray[np.float32],
+    residual: npt.NDArray[np.float32] | None,
+    epilogue: Epilogue,
+) -> npt.NDArray[np.float32]:
+    """What the kernel computes, from its packed arrays: x `[N, I, H, W]` gives `[N, O, OH, OW]`.
+
+    Args:
+        x: the input.
+        packed: the weight `[O, I / groups * taps]`.
+        window: of the convolution.
+        terms: `[2 * O]`, what is added to the scaled sums, then the scales.
+        residual: of the output's shape, or None.
+        epilogue: what follows.
+    """
+    outputs, groups = packed.shape[0], window.groups
+    channels = x.shape[1] // groups
+    weight = packed.unpack().numpy().reshape(groups, outputs // groups, channels, *window.kernel)
+    height, width = window.output(*x.shape[2:])
+    (py, px), (sy, sx), (dy, dx) = window.padding, window.stride, window.dilation
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (py, py), (px, px)))
+    grouped = padded.reshape(len(x), groups, channels, *padded.shape[2:])
+    total = np.zeros((len(x), groups, outputs // groups, height, width))
+    for ky in range(window.kernel[0]):
+        for kx in range(window.kernel[1]):
+            y, z = ky * dy, kx * dx
+            part = grouped[..., y : y + sy * (height - 1) + 1 : sy, z : z + sx * (width - 1) + 1 : sx]
+            total += np.einsum("goc,ngchw->ngohw", weight[..., ky, kx], part)
+    shift, scale = terms.reshape(2, outputs, 1, 1).astype(np.float64)
+    scaled = total.reshape(len(x), outputs, height, width) * scale
+    return epilogue.reference(scaled.astype(np.float32), shift.astype(np.float32), residual)

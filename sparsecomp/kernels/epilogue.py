@@ -91,7 +91,7 @@ def activate(activation: str, v: Expr, lanes: int) -> Expr:
         return tir.select(v < c(0.0), c(0.0), tir.select(v > c(6.0), c(6.0), v))
     if activation == "hardswish":
         # Howard et al., arXiv:1905.02244, section 5.2.
-        return v * tir.minimum(tir.maximum(v + c(3.0), c(0.0)), c(6.0)) * c(1 / 6)
+        return v * (tir.minimum(tir.maximum(v + c(3.0), c(0.0)), c(6.0)) * c(1 / 6))
     if activation == "silu":
         return v / (c(1.0) + _exp(c(0.0) - v, lanes))
     if activation == "gelu_tanh":

@@ -1,9 +1,10 @@
 """The packed form of a weight for the convolution kernel: rows in fours, all of about the same number of kept columns.
 
 The kernel adds to the sums of four rows at once. Rows are sorted by how many columns they keep, so that the four of a
-quad need one count, few zeros to fill it up, and the loops of neighbouring quads end at the same place, which the branch
-predictor likes. Among rows of about the same count, those that share most columns become the pairs of a quad: a shared
-column is loaded once for two rows. Four column numbers make one word of 64 bits, since loads are what bounds the loop.
+quad need one count and few zeros to fill it up, and the loops of neighbouring quads end at the same place, which the
+branch predictor likes. Among rows of about the same count, those that share most columns become the pairs of a quad: a
+shared column is loaded once for two rows. Four column numbers make one word of 64 bits, since loads are what bounds the
+loop.
 """
 
 from __future__ import annotations
@@ -121,15 +122,11 @@ def _entries(quad: Int32) -> list[tuple[int, int, int]]:
     """For every slot of a quad its row in the chunk, where its value and where its column (of 16 bits) stand."""
     value, word, shared, own = (int(field) for field in quad[:4])
     rows = [int(row) for row in quad[QUAD_FIELDS - QUAD :]]
-    found = []
-    for step in range(2 * shared):
-        for member in range(QUAD):
-            found.append((rows[member], value + 4 * step + member, 4 * word + 2 * step + member // 2))
+    steps = [(step, member) for step in range(2 * shared) for member in range(QUAD)]
+    found = [(rows[member], value + 4 * step + member, 4 * word + 2 * step + member // 2) for step, member in steps]
     value, word = value + 8 * shared, word + shared
-    for step in range(own):
-        for member in range(QUAD):
-            found.append((rows[member], value + 4 * step + member, 4 * (word + step) + member))
-    return found
+    steps = [(step, member) for step in range(own) for member in range(QUAD)]
+    return found + [(rows[member], value + 4 * step + member, 4 * (word + step) + member) for step, member in steps]
 
 
 class _Builder:
@@ -210,7 +207,7 @@ def _fours(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
 
 
 def _pairs(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Pairs `[windows, rows / 2, 2]` for `kept [windows, rows, columns]`: each row in turn takes the one it shares most with."""
+    """Pairs `[windows, rows / 2, 2]` for `kept [windows, rows, columns]`: each row takes the one that shares most."""
     windows, rows, _ = kept.shape
     masks = kept.astype(np.float32)
     overlap = masks @ masks.transpose(0, 2, 1)

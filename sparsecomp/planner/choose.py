@@ -6,10 +6,10 @@ before both, as far as the weight satisfies the pattern that it asks for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from sparsecomp.ir import LinearSite
+from sparsecomp.ir import Site
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.plan import Prediction, SiteChoice
 from sparsecomp.targets.base import DENSE, Candidate, Problem, Target, WeightFacts
@@ -72,7 +72,7 @@ def choose(
     )
 
 
-def decline(site: LinearSite, reason: str, facts: WeightFacts | None = None) -> SiteChoice:
+def decline(site: Site, reason: str, facts: WeightFacts | None = None) -> SiteChoice:
     """The choice for a site that stays dense whatever the costs, for a reason that is not a matter of costs."""
     return SiteChoice(
         name=site.name,
@@ -94,9 +94,8 @@ def _predict(
     facts: WeightFacts, problem: Problem, target: Target, options: Options, measured: Mapping[Candidate, float]
 ) -> tuple[Prediction, ...]:
     """Costs of the candidates that can take the problem, dense first."""
-    priced = (
-        (candidate, target.predict(candidate, problem)) for candidate in target.candidates(facts, options.patterns)
-    )
+    offered = offered_candidates(facts, problem, target, options.patterns)
+    priced = ((candidate, target.predict(candidate, problem)) for candidate in offered)
     return tuple(
         Prediction(
             candidate=candidate,
@@ -107,6 +106,15 @@ def _predict(
         for candidate, us in priced
         if us != float("inf")
     )
+
+
+def offered_candidates(
+    facts: WeightFacts, problem: Problem, target: Target, patterns: Collection[str] | None
+) -> list[Candidate]:
+    """What a target offers for a problem, dense first."""
+    if problem.window is not None:
+        return target.conv_candidates(facts, problem.window, patterns)
+    return target.candidates(facts, patterns)
 
 
 def _lowest(
@@ -159,7 +167,8 @@ def _forced(
     if not any(pattern.admits(found.pattern) for found in facts.patterns):
         return None, f"the plan asks for {wanted}, but the weight does not satisfy {wanted.pattern}"
     # The option `patterns` is about free choice; a plan names its pattern.
-    offered = [candidate for candidate in target.candidates(facts, [wanted.pattern]) if not candidate.is_dense]
+    of_pattern = offered_candidates(facts, problem, target, [wanted.pattern])
+    offered = [candidate for candidate in of_pattern if not candidate.is_dense]
     priced = {candidate: target.predict(candidate, problem) for candidate in offered}
     same = [c for c, us in priced.items() if us != float("inf") and c.pattern == wanted.pattern]
     if asked.tokens in (0, problem.tokens):

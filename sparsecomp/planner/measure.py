@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target
+from sparsecomp.targets.base import DENSE, Candidate, ConvEpilogue, ConvKernel, Kernel, Problem, Target
 
 ROUNDS = 15
 BUDGET_S = 0.5
@@ -28,15 +28,15 @@ def measure(
     rounds: int = ROUNDS,
     budget_s: float = BUDGET_S,
 ) -> dict[Candidate, float]:
-    """Time candidates and `F.linear` on random activations of the problem's shape.
+    """Time candidates and `F.linear` (`F.conv2d`) on random activations of the problem's shape.
 
     Every round runs each candidate once after the other. Only the product is timed, without activation and residual:
     under dense they are fused into other loops, so that timing them one by one here would favour the sparse kernels.
 
     Args:
         candidates: what to time; dense is timed in any case.
-        weight: `[O, I]`.
-        problem: gives tokens and dtype.
+        weight: `[O, I]`, or `[O, I / groups, *kernel]` of a convolution.
+        problem: gives tokens or maps, and dtype.
         target: prepares the kernels.
         rounds: at most this many.
         budget_s: seconds after which no further round begins.
@@ -47,13 +47,15 @@ def measure(
     # Under Dynamo fake tensors and other modes may be active: this runs for real.
     with _disable_current_modes(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(problem.tokens, weight.shape[1], generator=generator).to(problem.dtype)
-        out = torch.empty(problem.tokens, weight.shape[0])
         weight = weight.detach()
-        calls: dict[Candidate, Callable[[], object]] = {DENSE: lambda: functional.linear(x, weight)}
-        for candidate in candidates:
-            if not candidate.is_dense:
-                calls[candidate] = _call(target.prepare(candidate, weight), x, out)
+        sparse = [candidate for candidate in candidates if not candidate.is_dense]
+        if problem.window is None:
+            x = torch.randn(problem.tokens, weight.shape[1], generator=generator).to(problem.dtype)
+            out = torch.empty(problem.tokens, weight.shape[0])
+            calls: dict[Candidate, Callable[[], object]] = {DENSE: lambda: functional.linear(x, weight)}
+            calls |= {candidate: _call(target.prepare(candidate, weight), x, out) for candidate in sparse}
+        else:
+            calls = _conv_calls(sparse, weight, problem, target, generator)
         for call in calls.values():
             call()
         return _interleaved(calls, rounds, budget_s)
@@ -66,6 +68,30 @@ def _call(kernel: Kernel, x: Tensor, out: Tensor) -> Callable[[], object]:
         return out.to(x.dtype)
 
     return call
+
+
+def _conv_calls(
+    sparse: Iterable[Candidate], weight: Tensor, problem: Problem, target: Target, generator: torch.Generator
+) -> dict[Candidate, Callable[[], object]]:
+    window, maps = problem.window, problem.maps
+    if window is None or maps is None:
+        raise ValueError("a convolution is measured for a window and maps, and the problem has none")
+    if weight.dim() == 3:
+        weight = weight.unsqueeze(2)
+    x = torch.randn(maps.images, weight.shape[1] * window.groups, maps.height, maps.width, generator=generator)
+    x = x.to(problem.dtype)
+    out = torch.empty(maps.images, weight.shape[0], *window.output(maps.height, maps.width))
+    settings = (window.stride, window.padding, window.dilation, window.groups)
+
+    def call_of(kernel: ConvKernel) -> Callable[[], object]:
+        def call() -> object:
+            kernel.run(x.float(), None, None, ConvEpilogue(), out)
+            return out.to(x.dtype)
+
+        return call
+
+    calls: dict[Candidate, Callable[[], object]] = {DENSE: lambda: functional.conv2d(x, weight, None, *settings)}
+    return calls | {candidate: call_of(target.prepare_conv(candidate, weight, window)) for candidate in sparse}
 
 
 def _interleaved(calls: dict[Candidate, Callable[[], object]], rounds: int, budget_s: float) -> dict[Candidate, float]:

@@ -18,14 +18,14 @@ class FactsCache:
         self._lock = threading.Lock()
 
     def of(self, weight: Tensor, transposed: bool) -> WeightFacts:
-        """Facts of a weight, stored `[I, O]` if transposed, as `[O, I]`."""
+        """Facts of a weight, stored `[I, O]` if transposed, as `[O, I]`; a convolution is `[O, I / groups * taps]`."""
         stamp = (weight._version, weight.data_ptr(), tuple(weight.shape), transposed)
         with self._lock:
             entry = self._entries.get(weight)
         if entry is not None and entry[0] == stamp:
             return entry[1]
         matrix = weight.detach()
-        facts = WeightFacts.of(matrix.t() if transposed else matrix)
+        facts = WeightFacts.of(matrix.t() if transposed else matrix.flatten(1))
         with self._lock:
             self._entries[weight] = (stamp, facts)
         return facts

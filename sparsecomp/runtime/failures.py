@@ -9,16 +9,14 @@ _failures = WeakIdKeyDictionary()
 _MAX_KEPT = 16
 
 
-def record_failure(weight: Tensor, tokens: int, error: Exception) -> None:
-    """Remember that the kernel of a weight failed at a number of tokens; the first few of a weight are kept."""
-    known: dict[int, str] = _failures.setdefault(weight, {})
+def record_failure(weight: Tensor, call: str, error: Exception) -> None:
+    """Remember that the kernel of a weight failed in a call such as `5 tokens`; the first few of a weight are kept."""
+    known: dict[str, str] = _failures.setdefault(weight, {})
     if len(known) < _MAX_KEPT:
-        known[tokens] = f"{type(error).__name__}: {error}"
+        known[call] = f"{type(error).__name__}: {error}"
 
 
 def failures_of(weight: Tensor) -> str:
     """One clause for a report; empty if nothing failed."""
-    known: dict[int, str] = _failures.get(weight, {})
-    return "; ".join(
-        f"ran dense at {tokens} tokens, where its kernel failed with {error}" for tokens, error in known.items()
-    )
+    known: dict[str, str] = _failures.get(weight, {})
+    return "; ".join(f"ran dense at {call}, where its kernel failed with {error}" for call, error in known.items())

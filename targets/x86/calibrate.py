@@ -19,6 +19,7 @@ from sparsecomp.kernels import peak
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, function_of
 from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import calibration, cost
+from sparsecomp.targets.x86.conv_calibrate import ConvCase, conv_cases
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, level
 from sparsecomp.targets.x86.target import X86Target, create
 
@@ -118,7 +119,7 @@ def calibrate(seconds: float = _SECONDS, level_name: str | None = None) -> Resul
 def _measure(level_name: str, deadline: float) -> dict[str, list[tuple[cost.Quantities, float]]]:
     """Measurements by model, spread over the grid for as long as there is time; at least a few for each."""
     machine = cost.Machine(level(level_name), caches())
-    plans = {
+    plans: dict[str, Iterator[_Case | ConvCase]] = {
         "rows": _cases("rows", SHAPES, DENSITIES, MANY_TOKENS),
         "dense": _cases("dense", SHAPES, (1.0,), MANY_TOKENS),
         "panel": _cases("panel", SHAPES, DENSITIES, MANY_TOKENS),
@@ -126,6 +127,8 @@ def _measure(level_name: str, deadline: float) -> dict[str, list[tuple[cost.Quan
         "dense_one": _cases("dense", MEMORY_SHAPES + SHAPES, (1.0,), (1,)),
         "dense_few": _cases("dense", MEMORY_SHAPES + SHAPES, (1.0,), (2, 4, 8, 12)),
         "panel_one": _cases("panel", MEMORY_SHAPES, DENSITIES, (1,)),
+        "conv": conv_cases(True, machine),
+        "dense_conv": conv_cases(False, machine),
     }
     if machine.level.spread:
         plans["mask"] = _cases("mask", MEMORY_SHAPES, DENSITIES, FEW_TOKENS)
@@ -135,10 +138,10 @@ def _measure(level_name: str, deadline: float) -> dict[str, list[tuple[cost.Quan
             if turn >= _LEAST and time.perf_counter() > deadline:
                 return points
             case = next(cases)
-            given, counted = cost.quantities(machine, case.candidate, case.problem)
+            given, counted = case.quantities(machine)
             if given != name:
                 raise AssertionError(f"a case for {name} counted as {given}")
-            points[name].append((counted, case.nanoseconds(level_name)))
+            points[name].append((counted, 1e9 * median_seconds(case.call(level_name))))
     raise AssertionError("unreachable")
 
 
@@ -151,10 +154,14 @@ class _Case:
     problem: Problem
     weight: Tensor
 
-    def nanoseconds(self, level_name: str) -> float:
-        """The median of a few calls."""
+    def quantities(self, machine: cost.Machine) -> tuple[str, cost.Quantities]:
+        """What the cost model counts for it."""
+        return cost.quantities(machine, self.candidate, self.problem)
+
+    def call(self, level_name: str) -> Callable[[], object]:
+        """A call, ready to be timed."""
         x = torch.randn(self.problem.tokens, self.problem.facts.in_features)
-        return 1e9 * median_seconds(runner(self.candidate, self.weight, x, level_name))
+        return runner(self.candidate, self.weight, x, level_name)
 
 
 def runner(candidate: Candidate, weight: Tensor, x: Tensor, level_name: str) -> Callable[[], object]:
@@ -181,7 +188,7 @@ def median_seconds(call: Callable[[], object], budget: float = 0.12) -> float:
 
 def _cases(
     kernel: str, shapes: tuple[tuple[int, int], ...], densities: tuple[float, ...], tokens: tuple[int, ...]
-) -> Iterator[_Case]:
+) -> Iterator[_Case | ConvCase]:
     """The grid in a fixed random order, again and again."""
     order = random.Random(0)
     grid = list(itertools.product(shapes, densities, tokens))

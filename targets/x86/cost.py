@@ -22,7 +22,7 @@ from sparsecomp.targets.x86.cpu import Caches, Level
 Quantities = dict[str, float]
 # Arithmetic of an activation relative to SiLU: guesses from operation counts, of which calibration measures only GELU's
 # price. Dense pays the same, so that a wrong one moves a choice only through the margin.
-ACTIVATION_COST = {"none": 0.0, "relu": 0.1, "silu": 1.0, "gelu_tanh": 1.2, "gelu": 1.5}
+ACTIVATION_COST = {"none": 0.0, "relu": 0.1, "relu6": 0.2, "hardswish": 0.3, "silu": 1.0, "gelu_tanh": 1.2, "gelu": 1.5}
 # Tokens up to which a dense product is a stream of its weight rather than a product of matrices.
 DENSE_FEW = 12
 
@@ -72,7 +72,7 @@ def _rows(machine: Machine, candidate: Candidate, problem: Problem) -> Quantitie
         "pair_vector": passes * pairs * vectors,
         "transpose_in": passes * call.splits * shape[1] * tile,
         "transpose_out": passes * shape[0] * tile,
-        **_traffic(machine, nbytes, passes, problem.threads),
+        **traffic(machine, nbytes, passes, problem.threads),
         "call": 1.0,
     }
 
@@ -103,7 +103,7 @@ def _panel(machine: Machine, candidate: Candidate, problem: Problem) -> Quantiti
         "step": passes * columns * schedule.vectors,
         "tile": passes * parts,
         "store": passes * schedule.tokens * shape[0],
-        **_traffic(machine, nbytes, call.items / call.splits * share, problem.threads),
+        **traffic(machine, nbytes, call.items / call.splits * share, problem.threads),
         "call": 1.0,
     }
 
@@ -121,7 +121,7 @@ def _gather(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     return {
         "entry": problem.tokens * slots * share,
         "row": problem.tokens * facts.out_features * share,
-        **_traffic(machine, 6 * slots, problem.tokens * share, problem.threads),
+        **traffic(machine, 6 * slots, problem.tokens * share, problem.threads),
         "call": 1.0,
     }
 
@@ -133,7 +133,7 @@ def _mask(machine: Machine, candidate: Candidate, problem: Problem) -> Quantitie
     return {
         "word": problem.tokens * words * share,
         "row": problem.tokens * facts.out_features * share,
-        **_traffic(machine, 4 * facts.nonzeros + 2 * words, problem.tokens * share, problem.threads),
+        **traffic(machine, 4 * facts.nonzeros + 2 * words, problem.tokens * share, problem.threads),
         "call": 1.0,
     }
 
@@ -148,12 +148,12 @@ def _dense(machine: Machine, candidate: Candidate, problem: Problem) -> Quantiti
         "multiply": rows * entries * share,
         "weight": entries * share,
         "activation": tokens * (facts.in_features + facts.out_features) * share,
-        **_traffic(machine, 4 * entries, share, problem.threads),
+        **traffic(machine, 4 * entries, share, problem.threads),
         "call": 1.0,
     }
 
 
-def _traffic(machine: Machine, nbytes: float, passes: float, threads: int) -> Quantities:
+def traffic(machine: Machine, nbytes: float, passes: float, threads: int) -> Quantities:
     """Bytes that come from the L3 cache or from memory: of a weight that is read `passes` times.
 
     What fits the L2 cache costs nothing beside the loads that are counted anyway; of what is larger than the L3 cache
@@ -185,9 +185,8 @@ def _dense_regime(tokens: int) -> str:
 Coefficients = Mapping[str, Mapping[str, float]]
 
 
-def predict(machine: Machine, coefficients: Coefficients, candidate: Candidate, problem: Problem) -> float:
-    """Microseconds of one call."""
-    name, counted = quantities(machine, candidate, problem)
+def price(coefficients: Coefficients, name: str, counted: Quantities) -> float:
+    """Microseconds of one call, from what a model counts for it."""
     prices = coefficients[name]
     return sum(prices.get(quantity, 0.0) * amount for quantity, amount in counted.items()) / 1e3
 

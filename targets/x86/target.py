@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Pattern
-from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts
-from sparsecomp.targets.x86 import calibration, cost, schedules
+from sparsecomp.targets.base import DENSE, Candidate, ConvKernel, Kernel, Problem, Target, WeightFacts
+from sparsecomp.targets.x86 import calibration, conv_cost, conv_schedules, cost, schedules
+from sparsecomp.targets.x86.conv_kernels import X86ConvKernel
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, facts, flags, level, supported
 from sparsecomp.targets.x86.kernels import GatherKernel, MaskKernel, PanelKernel, RowsKernel
+from sparsecomp.window import Window
 
 PANELS = (8, 16, 32)
 # Beyond these the kernels for one token would read their weight again and again: the row kernel is always better.
@@ -71,10 +73,12 @@ class X86Target(Target):
             return float("inf")
         if problem.tokens == 0:
             return 0.0
-        micros = cost.predict(self._machine, self._coefficients, candidate, problem)
+        counter = cost.quantities if problem.window is None else conv_cost.quantities
+        micros = cost.price(self._coefficients, *counter(self._machine, candidate, problem))
         if problem.dtype != torch.float32 and not candidate.is_dense:
             # bfloat16 is widened before and narrowed after the float32 kernel: three more passes over x and y.
-            moved = problem.tokens * (problem.facts.in_features + problem.facts.out_features)
+            taps = 1 if problem.window is None else problem.window.taps
+            moved = problem.tokens * (problem.facts.in_features // taps + problem.facts.out_features)
             micros += 1e-3 * moved * self._coefficients["convert"]["value"] / problem.threads
         return micros
 
@@ -93,6 +97,24 @@ class X86Target(Target):
             return MaskKernel(self._level, weight)
         raise ValueError(f"target {self.name} has no kernel {candidate.kernel!r}")
 
+    def conv_candidates(
+        self, facts: WeightFacts, window: Window, allowed: Collection[str] | None = None
+    ) -> list[Candidate]:
+        """See `Target.conv_candidates`."""
+        label = _label(facts, 1, allowed)
+        if label is None or not facts.nonzeros < facts.out_features * facts.in_features:
+            return [DENSE]
+        widest = conv_schedules.widest(self._level)
+        return [DENSE, *(Candidate("conv", label, (("vectors", vectors),)) for vectors in widest)]
+
+    def prepare_conv(self, candidate: Candidate, weight: Tensor, window: Window) -> ConvKernel:
+        """See `Target.prepare_conv`."""
+        if candidate.kernel != "conv":
+            return super().prepare_conv(candidate, weight, window)
+        if candidate.pattern != "unstructured" and not Pattern.parse(candidate.pattern).check(weight.flatten(1)):
+            raise ValueError(f"the weight {tuple(weight.shape)} does not satisfy the pattern of {candidate}")
+        return X86ConvKernel(self._level, weight, window, dict(candidate.params)["vectors"])
+
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
         """See `Target.packed_bytes`; an upper bound for the row kernel, whose matched rows share columns."""
         outputs, inputs, nonzeros = facts.out_features, facts.in_features, facts.nonzeros
@@ -100,6 +122,8 @@ class X86Target(Target):
             packing = schedules.row_packing(self._level, (outputs, inputs), self._machine.caches.l1)
             pairs = -(-outputs // 2) * -(-inputs // packing["block"])
             return 6 * nonzeros + 28 * pairs
+        if candidate.kernel == "conv":
+            return 6 * nonzeros + 16 * inputs
         if candidate.kernel == "gather":
             group = schedules.gather_schedule(self._level).group
             return 6 * (nonzeros + outputs * group // 2) + 4 * outputs

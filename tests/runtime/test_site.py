@@ -14,7 +14,6 @@ from kernel_cases import close, needs_x86, random_weight
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.runtime import site as site_module
 from sparsecomp.runtime.cache import BuildError
 from sparsecomp.runtime.failures import failures_of
 from sparsecomp.runtime.site import RuntimeSite
@@ -195,7 +194,7 @@ class TestChoices:
         assert [candidate for candidate, _ in target.packed] == [GATHER, ROWS]
 
     def test_their_number_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(site_module, "_MAX_CHOICES", 3)
+        monkeypatch.setattr("sparsecomp.runtime.weight_site._MAX_CHOICES", 3)
         target, weight = Watched(), random_weight(OUTPUTS, INPUTS)
         site = make(weight, target=target)
         for tokens in (*range(1, 9), *range(1, 9)):

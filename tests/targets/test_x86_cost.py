@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
-from sparsecomp.targets.x86 import calibration, cost, cpu
+from sparsecomp.targets.x86 import calibration, conv_cost, cost, cpu
 from sparsecomp.targets.x86.target import FEW_TOKENS, X86Target
+from sparsecomp.window import Maps, Window
 
 TARGETS = {name: X86Target(name) for name in cpu.LEVELS}  # prediction needs no such CPU
 CANDIDATES = [
@@ -98,6 +99,12 @@ def test_shipped_prices_have_the_names_of_the_quantities(level: str) -> None:
             model, counted = cost.quantities(machine, candidate, Problem(FACTS[33, 47][3], tokens, 1))
             assert set(SHIPPED[level][model]) == set(counted), model
             seen.add(model)
+    window, maps = Window((3, 3), (2, 2), (1, 1)), Maps(1, 9, 9)
+    problem = Problem(FACTS[33, 47][3], maps.positions(window), 1, window=window, maps=maps)
+    for candidate in (DENSE, Candidate("conv", "unstructured", (("vectors", 2),))):
+        model, counted = conv_cost.quantities(machine, candidate, problem)
+        assert set(SHIPPED[level][model]) == set(counted), model
+        seen.add(model)
     # A calibration has a model for each of these and is refused if it has others than the shipped prices.
     assert set(SHIPPED[level]) == seen
 
@@ -111,11 +118,11 @@ def test_shipped_prices_are_times(level: str) -> None:
 
 def test_what_comes_from_where() -> None:
     machine = cost.Machine(cpu.level("avx2"), cpu.Caches(32 << 10, 1 << 20, 8 << 20))
-    assert cost._traffic(machine, 1 << 19, 3, 1) == {"l3_bytes": 0.0, "memory_bytes": 0.0}
-    assert cost._traffic(machine, 1 << 21, 3, 1) == {"l3_bytes": 3.0 * (1 << 21), "memory_bytes": 0.0}
-    far = cost._traffic(machine, 1 << 26, 3, 1)
+    assert cost.traffic(machine, 1 << 19, 3, 1) == {"l3_bytes": 0.0, "memory_bytes": 0.0}
+    assert cost.traffic(machine, 1 << 21, 3, 1) == {"l3_bytes": 3.0 * (1 << 21), "memory_bytes": 0.0}
+    far = cost.traffic(machine, 1 << 26, 3, 1)
     assert far == {"l3_bytes": 0.0, "memory_bytes": 3.0 * (1 << 26)}
-    assert cost._traffic(machine, 1 << 26, 3, 2)["memory_bytes"] > far["memory_bytes"]
+    assert cost.traffic(machine, 1 << 26, 3, 2)["memory_bytes"] > far["memory_bytes"]
 
 
 @given(st.integers(0, 2**31), st.integers(2, 6))

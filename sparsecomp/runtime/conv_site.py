@@ -1,0 +1,146 @@
+"""A rewritten convolution at run time, and the op that calls it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsecomp.runtime.weight_site import ACTIVATIONS, WeightSite
+from sparsecomp.targets.base import Candidate, ConvEpilogue, ConvKernel, Target, WeightFacts
+from sparsecomp.window import Maps, Window
+
+ConvChooser = Callable[[WeightFacts, Maps], Candidate]
+
+_sites: weakref.WeakValueDictionary[int, RuntimeConv] = weakref.WeakValueDictionary()
+
+
+class RuntimeConv(WeightSite[Maps, ConvKernel]):
+    """A convolution; a call is told apart by the number and the size of its maps."""
+
+    def __init__(
+        self, name: str, weight: Tensor, window: Window, target: Target, chooser: ConvChooser, epilogue: ConvEpilogue
+    ) -> None:
+        """Make a site.
+
+        Args:
+            name: for messages.
+            weight: `[O, I / groups, kh, kw]` or `[O, I / groups, k]`.
+            window: of the convolution.
+            target: packs the weight and builds the kernels.
+            chooser: what to use for a weight on maps of a size; dense is allowed.
+            epilogue: what follows.
+        """
+        super().__init__(name, weight, False, target)
+        self._window, self._chooser, self._epilogue = window, chooser, epilogue
+        _sites[self.handle] = self
+
+    def _candidate(self, facts: WeightFacts, call: Maps) -> Candidate:
+        return self._chooser(facts, call)
+
+    def _prepare(self, candidate: Candidate, weight: Tensor) -> ConvKernel:
+        return self._target.prepare_conv(candidate, weight, self._window)
+
+    def _key(self, candidate: Candidate) -> Hashable:
+        return candidate, self._window
+
+    def _build(self, kernel: ConvKernel, call: Maps, residual: bool) -> None:
+        kernel.build(call, self._epilogue, residual)
+
+    def run(self, x: Tensor, terms: Tensor | None, residual: Tensor | None) -> Tensor:
+        """`activation(conv(x) * scale + shift) + residual`, or with the residual before the activation.
+
+        Args:
+            x: `[N, I, H, W]` or `[N, I, L]`.
+            terms: `[2 * O]`, the shifts and the scales; none of either if None.
+            residual: of the output's shape, or None.
+
+        Returns:
+            The output, contiguous, of x's type.
+        """
+        packed = self._here.packed
+        maps = Maps(x.shape[0], x.shape[2] if x.dim() == 4 else 1, x.shape[-1])
+        positions = maps.positions(self._window)
+        kernel = self._kernel(packed, maps, residual is not None) if positions else None
+        if terms is not None:
+            terms = terms.detach().to(torch.float32).contiguous()
+        if kernel is None:
+            return self._dense(packed.values, x, terms, residual)
+        rows, columns = self._window.output(maps.height, maps.width)
+        sizes = (rows, columns) if x.dim() == 4 else (columns,)
+        out = torch.empty(maps.images, packed.facts.out_features, *sizes)
+        if residual is not None:
+            residual = residual.to(torch.float32).contiguous()
+        flat = x.to(torch.float32).reshape(maps.images, x.shape[1], maps.height, maps.width).contiguous()
+        kernel.run(flat, terms, residual, self._epilogue, out)
+        return out.to(x.dtype)
+
+    def _dense(self, weight: Tensor, x: Tensor, terms: Tensor | None, residual: Tensor | None) -> Tensor:
+        value = convolve(x, weight, self._window)
+        if terms is not None:
+            shift, scale = terms.reshape(2, -1, *[1] * (x.dim() - 2))
+            value = (value * scale + shift).to(x.dtype)
+        activation = ACTIVATIONS[self._epilogue.activation]
+        if residual is None:
+            value = activation(value)
+        elif self._epilogue.residual_first:
+            value = activation(value + residual)
+        else:
+            value = activation(value) + residual
+        return value.contiguous()
+
+
+def convolve(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """The dense convolution of `[N, I, H, W]` or `[N, I, L]`."""
+    stride, padding, dilation = window.stride, window.padding, window.dilation
+    if x.dim() == 3:
+        return functional.conv1d(x, weight, None, stride[1:], padding[1:], dilation[1:], window.groups)
+    return functional.conv2d(x, weight, None, stride, padding, dilation, window.groups)
+
+
+_library = torch.library.Library("sparsecomp", "FRAGMENT")
+_library.define(
+    "conv(Tensor x, Tensor? terms, Tensor? residual, int site, int out_channels, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation) -> Tensor"
+)
+
+
+def _conv(
+    x: Tensor,
+    terms: Tensor | None,
+    residual: Tensor | None,
+    site: int,
+    out_channels: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    found = _sites.get(site)
+    if found is None:
+        raise RuntimeError(f"sparsecomp::conv was called for site {site}, which was released: compile the model again")
+    return found.run(x, terms, residual)
+
+
+def _conv_meta(
+    x: Tensor,
+    terms: Tensor | None,
+    residual: Tensor | None,
+    site: int,
+    out_channels: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    given = x.shape[2:] if x.dim() == 4 else (1, x.shape[2])
+    sizes = zip(given, kernel, stride, padding, dilation, strict=True)
+    out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
+    return x.new_empty((x.shape[0], out_channels, *(out if x.dim() == 4 else out[1:])))
+
+
+_library.impl("conv", _conv, "CPU")
+_library.impl("conv", _conv_meta, "Meta")

@@ -1,0 +1,94 @@
+"""The convolutions that `sparsecomp calibrate` measures."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparsecomp.targets.base import DENSE, Candidate, ConvEpilogue, Problem, WeightFacts
+from sparsecomp.targets.x86 import conv_cost, conv_schedules
+from sparsecomp.targets.x86.cost import Machine, Quantities
+from sparsecomp.targets.x86.target import X86Target
+from sparsecomp.window import Maps, Window
+
+# Input channels, output channels, height and width of the map, window and stride, as in common networks.
+SHAPES = (
+    (64, 64, 56, 1, 1),
+    (64, 256, 56, 1, 1),
+    (256, 64, 56, 1, 1),
+    (32, 64, 112, 1, 1),
+    (256, 256, 28, 1, 1),
+    (512, 128, 28, 1, 1),
+    (256, 1024, 14, 1, 1),
+    (1024, 256, 14, 1, 1),
+    (480, 112, 14, 1, 1),
+    (512, 2048, 7, 1, 1),
+    (1152, 320, 7, 1, 1),
+    (256, 512, 56, 1, 2),
+    (64, 64, 56, 3, 1),
+    (128, 128, 28, 3, 1),
+    (256, 256, 14, 3, 1),
+    (512, 512, 7, 3, 1),
+    (128, 128, 56, 3, 2),
+    (32, 32, 112, 3, 1),
+    (32, 64, 28, 5, 1),
+)
+DENSITIES = (0.5, 0.35, 0.2, 0.1, 0.05)
+
+
+@dataclass(frozen=True)
+class ConvCase:
+    """One convolution to measure.
+
+    Attributes:
+        candidate: how it is computed.
+        problem: what is computed.
+        weight: of it.
+    """
+
+    candidate: Candidate
+    problem: Problem
+    weight: Tensor
+
+    def quantities(self, machine: Machine) -> tuple[str, Quantities]:
+        """What the cost model counts for it."""
+        return conv_cost.quantities(machine, self.candidate, self.problem)
+
+    def call(self, level_name: str) -> Callable[[], object]:
+        """A call, ready to be timed."""
+        window, maps = self.problem.window, self.problem.maps
+        if window is None or maps is None:
+            raise ValueError("a convolution is measured for a window and maps, and the problem has none")
+        x = torch.randn(maps.images, self.weight.shape[1] * window.groups, maps.height, maps.width)
+        if self.candidate.is_dense:
+            settings = (window.stride, window.padding, window.dilation, window.groups)
+            return lambda: functional.conv2d(x, self.weight, None, *settings)
+        kernel = X86Target(level_name).prepare_conv(self.candidate, self.weight, window)
+        out = torch.empty(maps.images, self.weight.shape[0], *window.output(maps.height, maps.width))
+        return lambda: kernel.run(x, None, None, ConvEpilogue(), out)
+
+
+def conv_cases(sparse: bool, machine: Machine) -> Iterator[ConvCase]:
+    """The grid in a fixed random order, again and again."""
+    order = random.Random(0)
+    grid = list(itertools.product(SHAPES, DENSITIES if sparse else (1.0,)))
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        order.shuffle(grid)
+        for (inputs, outputs, size, taps, stride), density in grid:
+            weight = torch.randn(outputs, inputs, taps, taps, generator=generator)
+            if density < 1:
+                weight *= torch.rand(weight.shape, generator=generator) < density
+            window = Window((taps, taps), (stride, stride), (taps // 2, taps // 2))
+            maps = Maps(1, size, size)
+            widest = order.choice(conv_schedules.widest(machine.level))
+            candidate = Candidate("conv", "unstructured", (("vectors", widest),)) if sparse else DENSE
+            facts = WeightFacts.of(weight.flatten(1))
+            problem = Problem(facts, maps.positions(window), 1, window=window, maps=maps)
+            yield ConvCase(candidate, problem, weight)

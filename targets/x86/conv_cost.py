@@ -1,0 +1,79 @@
+"""The cost model of convolutions on x86: what the sparse kernel and the dense one count; see `targets.x86.cost`."""
+
+from __future__ import annotations
+
+import math
+
+from sparsecomp.kernels.conv_geometry import Geometry
+from sparsecomp.targets.base import Candidate, Problem
+from sparsecomp.targets.x86 import conv_schedules as schedules
+from sparsecomp.targets.x86.cost import ACTIVATION_COST, Machine, Quantities, traffic
+
+
+def quantities(machine: Machine, candidate: Candidate, problem: Problem) -> tuple[str, Quantities]:
+    """The model's name for a candidate on a convolution, and what it counts for the thread that has most to do."""
+    counted = _dense(machine, problem) if candidate.is_dense else _sparse(machine, candidate, problem)
+    values = problem.tokens * problem.facts.out_features * ACTIVATION_COST[problem.activation] / problem.threads
+    counted["activations"] = values
+    return "dense_conv" if candidate.is_dense else "conv", counted
+
+
+def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
+    facts, level, window, maps = problem.facts, machine.level, problem.window, problem.maps
+    if window is None or maps is None:
+        raise ValueError("a convolution is priced for a window and maps, and the problem has none")
+    widest = dict(candidate.params)["vectors"]
+    shape = (facts.out_features, facts.in_features)
+    geometry = Geometry.of(window, maps)
+    rows = (shape[0] // window.groups, window.groups)
+    call = schedules.call(level, geometry, maps.images, rows, widest, problem.threads, machine.caches.l2)
+    packing = schedules.packing(level, shape, window.groups, widest, machine.caches.l1)
+    blocks = math.ceil(shape[1] / packing["block"])
+    # Passes over the whole weight that the busiest thread makes.
+    passes = call.tiles * call.share(problem.threads)
+    packed = passes * call.splits * window.groups * shape[1]
+    shared = shared_columns(facts.density) * facts.nonzeros
+    loads = facts.nonzeros - shared
+    quads = math.ceil(rows[0] / 4) * window.groups * blocks
+    planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)
+    return {
+        "multiply": passes * facts.nonzeros * call.vectors,
+        "load": passes * loads * call.vectors,
+        "step": passes * loads,
+        "quad": passes * quads,
+        "sums": passes * shape[0] * blocks * call.vectors,
+        "pack_row": packed,
+        "pack": packed * call.vectors,
+        "masked": packed * call.vectors if geometry.masked else 0.0,
+        "runs": 0.0 if call.whole else passes * shape[0] * call.vectors,
+        "open": planes * geometry.rows * geometry.pitch / problem.threads if geometry.opened else 0.0,
+        **traffic(machine, 6 * facts.nonzeros + 32 * quads, passes, problem.threads),
+        "call": 1.0,
+    }
+
+
+def shared_columns(density: float) -> float:
+    """Share of the loads that two rows of a pair save, as the matching of random weights was seen to give it."""
+    return max(0.0, min(0.5, 0.5 * density + 0.02 * (density < 0.5))) if density > 0.1 else 0.3 * density
+
+
+def _dense(machine: Machine, problem: Problem) -> Quantities:
+    facts, window, maps = problem.facts, problem.window, problem.maps
+    if window is None or maps is None:
+        raise ValueError("a convolution is priced for a window and maps, and the problem has none")
+    entries = facts.out_features * facts.in_features
+    share = 1 / problem.threads
+    inputs = maps.images * facts.in_features // window.taps * window.groups * maps.height * maps.width
+    # A library pads few channels of a group to its vectors.
+    width = 16
+    rows = facts.out_features // window.groups
+    padded = entries * math.ceil(rows / width) * width / max(rows, 1)
+    return {
+        "multiply": problem.tokens * padded * share if window.taps == 1 else 0.0,
+        "multiply_taps": problem.tokens * padded * share if window.taps > 1 else 0.0,
+        "weight": entries * share,
+        "input": inputs * share,
+        "output": problem.tokens * facts.out_features * share,
+        **traffic(machine, 4 * entries, share, problem.threads),
+        "call": 1.0,
+    }

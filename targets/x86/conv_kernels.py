@@ -1,0 +1,143 @@
+"""The convolution kernel with its packed weight on x86: what `X86Target.prepare_conv` gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsecomp.kernels import conv
+from sparsecomp.kernels.conv_geometry import Geometry, table
+from sparsecomp.kernels.epilogue import Epilogue
+from sparsecomp.patterns.quads import QuadWeight
+from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, function_of
+from sparsecomp.targets.base import ConvEpilogue, ConvKernel
+from sparsecomp.targets.x86 import conv_schedules as schedules
+from sparsecomp.targets.x86.cpu import Level, caches
+from sparsecomp.window import Maps, Window
+
+# Calls that are remembered; a stream of ever new sizes must not grow without bound.
+_MAX_CALLS = 256
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call made ready: the launch of the kernel and, where the maps have to be opened, that of this and its shape."""
+
+    launch: Launch
+    opening: Launch | None
+    opened: tuple[int, ...]
+
+
+class X86ConvKernel(ConvKernel):
+    """Unstructured weights of convolutions, for tiles of at most so many vectors."""
+
+    def __init__(self, level: Level, weight: Tensor, window: Window, vectors: int) -> None:
+        self._level, self._window, self._vectors = level, window, vectors
+        self._channels = weight.shape[1]
+        matrix = weight.detach().flatten(1)
+        shape = (matrix.shape[0], matrix.shape[1])
+        packing = schedules.packing(level, shape, window.groups, vectors, caches().l1)
+        packed = QuadWeight.pack(matrix, **packing)
+        self._weights = Weights(conv.weights(packed, table(window, self._channels)))
+        self._sizes = {
+            "outputs": shape[0],
+            "columns": shape[1],
+            "block": packed.block,
+            "blocks": packed.blocks,
+            "chunk": packed.chunk,
+            "group_chunks": packed.group_chunks,
+            "group_rows": packed.group_rows,
+            "taps": window.taps,
+        }
+        self._no_terms = torch.cat([torch.zeros(shape[0]), torch.ones(shape[0])])
+        self._calls: dict[tuple[Maps, int, ConvEpilogue, bool], _Call] = {}
+        self._sources: dict[str, tuple[KernelSource, Any]] = {}
+        self.nbytes = self._weights.nbytes
+
+    def run(
+        self, x: Tensor, terms: Tensor | None, residual: Tensor | None, epilogue: ConvEpilogue, out: Tensor
+    ) -> None:
+        """See `ConvKernel.run`."""
+        maps = Maps(x.shape[0], x.shape[2], x.shape[3])
+        key = (maps, torch.get_num_threads(), epilogue, residual is not None)
+        call = self._calls.get(key)
+        if call is None:
+            if len(self._calls) >= _MAX_CALLS:
+                self._calls.clear()
+            call = self._calls[key] = self._make(maps, epilogue, residual is not None)
+        if call.opening is not None:
+            opened = torch.empty(call.opened)
+            call.opening.run(x, self._no_terms, None, opened)
+            x = opened
+        call.launch.run(x, self._no_terms if terms is None else terms, residual, out)
+
+    def build(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> None:
+        """See `ConvKernel.build`."""
+        if maps.positions(self._window):
+            self._make(maps, epilogue, residual)
+
+    def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
+        window, threads = self._window, torch.get_num_threads()
+        geometry = Geometry.of(window, maps)
+        rows = (self._sizes["group_rows"], window.groups)
+        cut = schedules.call(self._level, geometry, maps.images, rows, self._vectors, threads, caches().l2)
+        spread = "shuffle" if self._level.lanes == 16 else "load"
+        schedule = conv.ConvSchedule(self._level.lanes, cut.vectors, geometry.masked, cut.whole, spread)
+        after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
+        function = self._function("conv", f"{schedule!r} {after!r}", lambda: conv.build(schedule, after))
+        channels = self._channels * window.groups
+        planes = channels * len(geometry.phases)
+        plane = geometry.rows * geometry.pitch
+        dense = geometry.pitch == geometry.width
+        area = geometry.height * geometry.width
+        sizes = self._sizes | {
+            "planes": planes,
+            "plane": plane,
+            "rows": geometry.rows,
+            "pitch": geometry.pitch,
+            "length": geometry.length,
+            "run": area if dense else geometry.width,
+            "run_pitch": area if dense else geometry.pitch,
+            "runs": 1 if dense else geometry.height,
+            "images": maps.images,
+            "total": maps.images * planes * plane,
+            "block_floats": self._sizes["block"] * schedule.tile,
+            "group_planes": planes // window.groups,
+            "splits": cut.splits,
+            "parts": cut.splits * window.groups,
+            "image_tiles": cut.image_tiles,
+        }
+        largest = max(sizes["total"], maps.images * sizes["outputs"] * area)
+        if largest > 2**31 - 1:
+            raise ValueError(f"maps of {largest} values are more than 32-bit numbers address; call with fewer images")
+        most = -(-sizes["group_chunks"] // cut.splits)
+        scratch = conv.scratch_floats(schedule, sizes["block"], sizes["chunk"], most, window.taps)
+        dims = [sizes[name] for name in conv.DIMS]
+        launch = Launch(function, self._weights, dims, cut.items, threads, scratch)
+        opened = (maps.images, planes, geometry.rows, geometry.pitch)
+        return _Call(launch, self._opening(maps, geometry, channels, threads) if geometry.opened else None, opened)
+
+    def _opening(self, maps: Maps, geometry: Geometry, channels: int, threads: int) -> Launch:
+        stride_y, stride_x = self._window.stride
+        schedule = conv.OpenSchedule(self._level.lanes, stride_x if stride_x <= 2 else 0)
+        function = self._function("conv_open", repr(schedule), lambda: conv.build_open(schedule))
+        phases = len(geometry.phases)
+        dims = [maps.height, maps.width, stride_y, stride_x, phases, geometry.rows, geometry.pitch]
+        weights = Weights([np.array(geometry.phases, np.int32)])
+        return Launch(function, weights, dims, maps.images * channels, threads, 0)
+
+    def _function(self, name: str, identity: str, build: Any) -> Any:
+        key = f"{name} {identity}"
+        if key not in self._sources:
+            source = KernelSource(name, identity, build, self._level.tvm_target)
+            self._sources[key] = (source, function_of(source))
+        return self._sources[key][1]
+
+    @property
+    def source(self) -> str:
+        """Assembly of the variants that were used."""
+        return "\n".join(assembly_of(source) for source, _ in self._sources.values())

@@ -1,0 +1,110 @@
+"""How the convolution kernel is cut on x86: what its packed weight looks like, and which variant a call takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sparsecomp.kernels.conv_geometry import Geometry
+from sparsecomp.targets.x86.cpu import Level
+
+# Share of the L1 cache that a packed block takes; weights and sums stream through the rest.
+L1_SHARE = 0.8
+# Share of the L2 cache that the sums of a tile may take.
+L2_SHARE = 0.5
+# Rows that are sorted by their counts together, and the least that a thread gets.
+CHUNK = 128
+# Cost of a kept weight beside its multiply-adds, in vectors of positions.
+STEP_COST = 0.6
+# What storing run by run adds, relative to the rest.
+RUNS_COST = 1.06
+
+
+@dataclass(frozen=True)
+class ConvCall:
+    """How one call is cut.
+
+    Attributes:
+        vectors: of positions in a tile.
+        whole: whether each tile lies within one image.
+        tiles: of the whole call.
+        image_tiles: tiles of an image, if whole.
+        splits: parts of the rows of a group; each packs the tile again.
+        items: work items.
+    """
+
+    vectors: int
+    whole: bool
+    tiles: int
+    image_tiles: int
+    splits: int
+    items: int
+
+    def share(self, threads: int) -> float:
+        """The largest part of the work that one thread gets."""
+        return math.ceil(self.items / max(threads, 1)) / max(self.items, 1)
+
+
+def widest(level: Level) -> tuple[int, ...]:
+    """Numbers of vectors that a weight may be packed for.
+
+    Four rows of them are in registers. Wide tiles need fewer loads of weights, narrow ones have room for more columns
+    in the L1 cache, so that sums are put away less often; and maps do not fill every width.
+    """
+    return (4, 7) if level.lanes == 16 else (2, 3)
+
+
+def packing(level: Level, shape: tuple[int, int], groups: int, vectors: int, l1: int) -> dict[str, int]:
+    """`chunk`, `block` and `groups` for `QuadWeight.pack`: even blocks that fit the L1 cache."""
+    columns = max(1, int(L1_SHARE * l1) // (4 * level.lanes * vectors))
+    blocks = max(1, math.ceil(shape[1] / columns))
+    rows = shape[0] // groups
+    chunks = max(1, math.ceil(rows / CHUNK))
+    chunk = math.ceil(math.ceil(rows / chunks) / 4) * 4
+    return {"chunk": max(chunk, 4), "block": min(max(1, math.ceil(shape[1] / blocks)), 65536), "groups": groups}
+
+
+def call(
+    level: Level, geometry: Geometry, images: int, rows: tuple[int, int], vectors: int, threads: int, l2: int
+) -> ConvCall:
+    """The variant with the least work for the busiest thread.
+
+    Args:
+        level: of the schedules.
+        geometry: of the maps.
+        images: in the batch.
+        rows: rows of the weight in a group, and groups.
+        vectors: the most that the weight was packed for.
+        threads: that the call may use.
+        l2: bytes of the L2 cache.
+    """
+    group_rows, groups = rows
+    chunks = max(1, math.ceil(group_rows / CHUNK))
+
+    def cut(count: int, whole: bool) -> ConvCall:
+        tile = count * level.lanes
+        image_tiles = math.ceil(geometry.length / tile)
+        tiles = images * image_tiles if whole else math.ceil(images * geometry.length / tile)
+        least = min(chunks, math.ceil(4 * tile * group_rows / (L2_SHARE * l2)))
+        splits = _splits(tiles * groups, chunks, threads, least)
+        return ConvCall(count, whole, tiles, image_tiles, splits, tiles * groups * splits)
+
+    def work(found: ConvCall) -> float:
+        extra = 1.0 if found.whole else RUNS_COST
+        return found.share(threads) * found.tiles * (found.vectors + STEP_COST) * extra
+
+    calls = [cut(count, False) for count in range(1, vectors + 1)]
+    if geometry.pitch == geometry.width:
+        calls += [cut(count, True) for count in range(1, vectors + 1) if count * level.lanes <= geometry.length]
+    return min(calls, key=lambda found: (work(found), -found.vectors))
+
+
+def _splits(tiles: int, chunks: int, threads: int, least: int) -> int:
+    """The fewest splits of the rows that keep all threads about evenly busy."""
+    best, best_share = least, float("inf")
+    for splits in range(least, max(least, min(chunks, threads)) + 1):
+        # Parts are whole chunks, so a split may be larger than its share.
+        share = math.ceil(tiles * splits / threads) * math.ceil(chunks / splits) / (tiles * chunks)
+        if share < 0.95 * best_share:
+            best, best_share = splits, share
+    return best
