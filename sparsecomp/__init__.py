@@ -10,11 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsecomp.checkpoints import load_checkpoint as load_checkpoint
+    from sparsecomp.checkpoints import save_checkpoint as save_checkpoint
     from sparsecomp.dryrun import explain as explain
     from sparsecomp.options import Options as Options
     from sparsecomp.patterns import Pattern as Pattern
     from sparsecomp.planner import Plan as Plan
     from sparsecomp.planning import plan as plan
+    from sparsecomp.pruning import Reconstruction as Reconstruction
     from sparsecomp.pruning import freeze_masks as freeze_masks
     from sparsecomp.pruning import reestimate_batchnorm as reestimate_batchnorm
     from sparsecomp.pruning import sparsify_ as sparsify_
@@ -24,12 +27,15 @@ __all__ = [
     "Options",
     "Pattern",
     "Plan",
+    "Reconstruction",
     "Report",
     "__version__",
     "explain",
     "freeze_masks",
+    "load_checkpoint",
     "plan",
     "reestimate_batchnorm",
+    "save_checkpoint",
     "sparsify_",
 ]
 
@@ -37,12 +43,15 @@ _HOMES = {
     "Options": "sparsecomp.options",
     "Pattern": "sparsecomp.patterns",
     "Plan": "sparsecomp.planner",
+    "Reconstruction": "sparsecomp.pruning",
     "Report": "sparsecomp.report",
     # Not in a module of its own name: importing that would put the module where the function belongs.
     "explain": "sparsecomp.dryrun",
     "freeze_masks": "sparsecomp.pruning",
+    "load_checkpoint": "sparsecomp.checkpoints",
     "plan": "sparsecomp.planning",
     "reestimate_batchnorm": "sparsecomp.pruning",
+    "save_checkpoint": "sparsecomp.checkpoints",
     "sparsify_": "sparsecomp.pruning",
 }
 

@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import models
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from typer.testing import CliRunner
 
+from sparsecomp import Pattern, Plan
+from sparsecomp.checkpoints import read_weights
 from sparsecomp.cli import app
 
 runner = CliRunner()
@@ -35,7 +40,7 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for command in ("info", "calibrate", "explain"):
+    for command in ("info", "calibrate", "explain", "plan", "prune"):
         assert command in result.stdout
 
 
@@ -105,3 +110,138 @@ def test_explain_of_no_model(tmp_path: Path) -> None:
     unreadable = runner.invoke(app, ["explain", str(tmp_path)])
     assert unreadable.exit_code == 1
     assert "transformers cannot read" in unreadable.stderr
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small BERT with the tokenizer of MiniLM, and a text beside it."""
+    folder = tmp_path_factory.mktemp("text")
+    model = models.bert(layers=2, width=32, heads=2, max_position_embeddings=64)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    models.minilm()[1].save_pretrained(folder)
+    (folder / "text.txt").write_text("\n".join(models.SENTENCES * 8), encoding="utf-8")
+    return folder
+
+
+def _pruned(folder: Path) -> dict[str, torch.Tensor]:
+    weights = read_weights(folder)
+    return {name: value for name, value in weights.items() if value.dim() == 2 and "embeddings" not in name}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--criterion", "magnitude"],
+        ["--calibration", "text.txt", "--tokens", "32"],
+        [
+            "--calibration",
+            "text.txt",
+            "--criterion",
+            "wanda",
+            "--refine",
+            "dsnot",
+            "--tokens",
+            "32",
+            "--sequences",
+            "4",
+        ],
+    ],
+)
+def test_prune_writes_a_model_that_transformers_reads(text_model: Path, options: list[str], tmp_path: Path) -> None:
+    options = [str(text_model / "text.txt") if option == "text.txt" else option for option in options]
+    output = tmp_path / "pruned"
+    result = runner.invoke(app, ["prune", str(text_model), "2:4", "-o", str(output), *options])
+    assert result.exit_code == 0, result.output
+    assert "layers pruned, 50.0% of their" in result.stdout
+    weights = _pruned(output)
+    assert len(weights) > 10
+    assert all(Pattern.parse("2:4").check(weight) for weight in weights.values())
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(output)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    assert model(**tokenizer("a text", return_tensors="pt")).last_hidden_state.shape[-1] == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "give either a pattern"),
+        (["2:4", "--plan", "plan.json"], "give either a pattern"),
+        (["2;4"], "2;4"),
+        (["2:4", "--criterion", "wanda"], "needs calibration"),
+        (["2:4", "--calibration", "nothing.txt", "--tokens", "32"], "nothing.txt is not a file"),
+        (["2:4", "--calibration", "text.txt", "--tokens", "65"], "at most 64 tokens"),
+        (["2:4", "-o", "."], "exists already"),
+    ],
+)
+def test_prune_says_what_is_wrong_and_writes_nothing(
+    text_model: Path, arguments: list[str], expected: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "pruned"
+    result = runner.invoke(app, ["prune", str(text_model), "-o", str(output), *arguments])
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert expected in result.stderr
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("content", "expected"), [(b"short", "shorter than one sequence"), (b"\xff\xfe\x00", "UTF-8")])
+def test_prune_needs_a_text_of_some_length(text_model: Path, content: bytes, expected: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    options = ["-o", str(tmp_path / "out"), "--calibration", str(text), "--tokens", "32"]
+    result = runner.invoke(app, ["prune", str(text_model), "2:4", *options])
+    assert result.exit_code == 1
+    assert expected in result.stderr
+
+
+def test_a_sparse_checkpoint_of_compressed_tensors_is_explained(text_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "compressed"
+    folder.mkdir()
+    weights = read_weights(text_model)
+    name = "encoder.layer.0.output.dense.weight"
+    pruned = Pattern.parse("2:4").project(weights.pop(name))
+    mask = Pattern.parse("2:4").mask(pruned.abs())
+    weights[name.replace("weight", "shape")] = torch.tensor(pruned.shape).reshape(-1, 1)
+    weights[name.replace("weight", "compressed")] = pruned[mask].reshape(len(pruned), -1)
+    weights[name.replace("weight", "bitmask")] = torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    config = json.loads((text_model / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "sparsity_config": {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    result = runner.invoke(app, ["explain", str(folder), "--tokens", "16", "--json", str(tmp_path / "report.json")])
+    assert result.exit_code == 0, result.output
+    sites = {site["name"]: site for site in json.loads((tmp_path / "report.json").read_text())["plan"]["sites"]}
+    assert sites["encoder.layer.0.output.dense"]["density"] == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+def test_a_plan_is_what_prune_prunes_to(text_model: Path, tmp_path: Path) -> None:
+    plan, output = tmp_path / "plan.json", tmp_path / "pruned"
+    shared = ["--calibration", str(text_model / "text.txt"), "--tokens", "32", "--sequences", "8"]
+    budget = ["--max-quality-loss", "0.5", "--pattern", "unstructured@0.8", "--criterion", "magnitude"]
+    result = runner.invoke(app, ["plan", str(text_model), "-o", str(plan), *shared, *budget])
+    assert result.exit_code == 0, result.output
+    result = runner.invoke(app, ["prune", str(text_model), "--plan", str(plan), "-o", str(output), *shared])
+    assert result.exit_code == 0, result.output
+    assert Plan.load(output / "plan.json") == Plan.load(plan)
+    wanted = {f"{choice.name}.weight": choice.prune for choice in Plan.load(plan)}
+    assert any(wanted.values())
+    for name, weight in _pruned(output).items():
+        zeros = 1 - weight.count_nonzero() / weight.numel()
+        assert zeros == pytest.approx(0.8 if wanted.get(name) else 0.0, abs=0.01)
+
+
+def test_plan_says_what_is_wrong(text_model: Path) -> None:
+    command = ["plan", str(text_model), "--calibration", str(text_model / "text.txt"), "--tokens", "32"]
+    none = runner.invoke(app, command)
+    assert none.exit_code == 1
+    assert "give exactly one of" in none.stderr
+    bad = runner.invoke(app, [*command, "--max-latency", "8 minutes"])
+    assert bad.exit_code == 1
+    assert "'8 ms'" in bad.stderr

@@ -8,7 +8,7 @@ so that it also makes up for errors of the blocks before it. Related: EBFT (Guo 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,16 +28,16 @@ class Reconstruction:
 
     Attributes:
         steps: Adam steps for each block.
-        batch: inputs (sequences, images) of a step.
+        tokens: of a step, or positions of pictures; inputs are taken whole, at least one.
         learning_rate: the highest rate; it falls to 0 along a cosine.
     """
 
     steps: int = 200
-    batch: int = 8
+    tokens: int = 1024
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
+        for name in ("steps", "tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Reconstruction({name}={value!r}): expected a whole number of at least 1")
@@ -57,7 +57,6 @@ def reconstruct_block(
     targets: Sequence[Tensor],
     *,
     settings: Reconstruction,
-    on_step: Callable[[], None] | None = None,
 ) -> tuple[float, float]:
     """Tune the kept weights of a block in place, and its biases and norms (all its vectors).
 
@@ -75,7 +74,6 @@ def reconstruct_block(
         targets: for each call the output wanted; dimension 0 counts the inputs, features are the last dimension
             (dimension 1 of a picture `[N, C, H, W]`).
         settings: how long and how fast.
-        on_step: called after every step.
 
     Returns:
         The error over all calls before and after. If it did not fall, the block is as it was and both are the same.
@@ -87,10 +85,10 @@ def reconstruct_block(
         raise ValueError("reconstruction needs gradients: call sparsify_ outside of torch.inference_mode")
     tuned = [p for p in block.parameters() if p in masks or (p.dim() <= 1 and p.is_floating_point())]
     start = [p.detach().clone() for p in tuned]
-    samples = _Samples(block, calls, targets, settings.batch)
+    samples = _Samples(block, calls, targets, settings.tokens)
     before = samples.error(block)
     with _only_these_require_grad(block, tuned):
-        _tune(block, tuned, masks, samples, settings, on_step)
+        _tune(block, tuned, masks, samples, settings)
     after = samples.error(block)
     if after < before:
         return before, after
@@ -107,7 +105,6 @@ def _tune(
     masks: Mapping[nn.Parameter, Tensor],
     samples: _Samples,
     settings: Reconstruction,
-    on_step: Callable[[], None] | None,
 ) -> None:
     # Steps are far below the spacing of 16-bit floats, so they are summed in float32.
     master = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in tuned]
@@ -121,8 +118,6 @@ def _tune(
         with torch.no_grad():
             for parameter, copy in zip(tuned, master, strict=True):
                 parameter.copy_(copy)
-        if on_step is not None:
-            on_step()
 
 
 def _gradients(block: nn.Module, tuned: list[nn.Parameter], samples: _Samples, batch: _Batch) -> list[Tensor]:
@@ -136,17 +131,21 @@ def _gradients(block: nn.Module, tuned: list[nn.Parameter], samples: _Samples, b
     return total
 
 
+def _features(target: Tensor) -> int:
+    """The dimension of the features: the last one, but the channels of pictures `[N, C, H, W]`."""
+    return 1 if target.dim() == 4 else -1
+
+
 def _errors(call: Call, block: nn.Module, target: Tensor) -> Tensor:
     """Relative squared error of every token."""
     output = first_tensor(call.run(block))
     assert output is not None  # the targets came from the same block
-    features = 1 if target.dim() == 4 else -1
+    features = _features(target)
     wanted = target.to(torch.float32)
     length = wanted.square().sum(features)
     # A token of nearly no length would count as much as it is short.
-    return (output.to(torch.float32) - wanted).square().sum(features) / length.clamp_min(
-        0.01 * float(length.mean()) + 1e-30
-    )
+    length = length.clamp_min(0.01 * float(length.mean()) + 1e-30)
+    return (output.to(torch.float32) - wanted).square().sum(features) / length
 
 
 @contextmanager
@@ -169,10 +168,10 @@ _Batch = list[tuple[int, Tensor | None]]
 class _Samples:
     """Calls with their targets, cut into mini-batches in a fixed random order."""
 
-    def __init__(self, block: nn.Module, calls: Sequence[Call], targets: Sequence[Tensor], batch: int) -> None:
+    def __init__(self, block: nn.Module, calls: Sequence[Call], targets: Sequence[Tensor], tokens: int) -> None:
         self._calls = calls
         self._targets = targets
-        self._batch = batch
+        self._tokens = tokens
         self._random = torch.Generator().manual_seed(0)
         largest = max(range(len(calls)), key=lambda index: len(targets[index]))
         self._splits = len(targets[largest]) > 1 and self._can_split(block, largest)
@@ -192,22 +191,22 @@ class _Samples:
         while True:
             pieces: list[tuple[int, Tensor | None, int]] = []
             for index, target in enumerate(self._targets):
+                each = max(1, target[:1].numel() // target.shape[_features(target)])
                 if self._splits:
                     order = torch.randperm(len(target), generator=self._random)
-                    pieces.extend((index, rows, len(rows)) for rows in order.split(self._batch))
+                    pieces += [(index, rows, each * len(rows)) for rows in order.split(max(1, self._tokens // each))]
                 else:
-                    pieces.append((index, None, len(target)))
+                    pieces.append((index, None, each * len(target)))
             batch: _Batch = []
-            size = 0
+            tokens = 0
             for number in torch.randperm(len(pieces), generator=self._random).tolist():
-                index, rows, length = pieces[number]
-                batch.append((index, rows))
-                size += length
-                if size >= self._batch:
+                index, rows, more = pieces[number]
+                if batch and tokens + more > self._tokens:
                     yield batch
-                    batch, size = [], 0
-            if batch:
-                yield batch
+                    batch, tokens = [], 0
+                batch.append((index, rows))
+                tokens += more
+            yield batch
 
     def take(self, batch: _Batch) -> Iterator[tuple[Call, Tensor]]:
         """The calls and targets of a mini-batch."""

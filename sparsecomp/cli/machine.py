@@ -1,0 +1,52 @@
+"""`sparsecomp info` and `sparsecomp calibrate`: the machine, and its measurement for the cost model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsecomp.cli.common import errors_for_people
+
+
+def info(
+    target: Annotated[str | None, typer.Option(help="Name of a target; this machine's if not given.")] = None,
+) -> None:
+    """Print the machine, the target, its calibration and the cache folder."""
+    import torch
+
+    from sparsecomp.runtime.cache import cache_dir
+    from sparsecomp.targets import get_target
+
+    with errors_for_people():
+        chosen = get_target(target)
+        for label, value in (
+            ("machine", f"{_processor()}, {torch.get_num_threads()} threads"),
+            ("torch", torch.__version__),
+            ("target", f"{chosen.name}: {chosen.description}"),
+            ("cache", cache_dir()),
+        ):
+            print(f"{label:8} {value}")
+
+
+def calibrate() -> None:
+    """Measure this machine for the cost model, in under a minute; the result is kept in the cache folder."""
+    with errors_for_people():
+        from sparsecomp.targets.x86.calibrate import calibrate as measure
+
+        print("measuring; other work on the machine would spoil the result ...", file=sys.stderr)
+        print(measure())
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: the name that Python has is the next best
+    import platform
+
+    return platform.processor() or platform.machine()
