@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,12 +124,21 @@ def _tune(
 def _gradients(block: nn.Module, tuned: list[nn.Parameter], samples: _Samples, batch: _Batch) -> list[Tensor]:
     total: list[Tensor] = []
     for call, target in samples.take(batch):
-        with torch.enable_grad():
+        with torch.enable_grad(), _products_in_bfloat16():
             loss = _errors(call, block, target).mean() / len(batch)
             gradients = torch.autograd.grad(loss, tuned, allow_unused=True)
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(tuned, gradients, strict=True)]
         total = [a + b for a, b in zip(total, filled, strict=True)] if total else filled
     return total
+
+
+def _products_in_bfloat16() -> AbstractContextManager[Any]:
+    """Autocast where the processor multiplies bfloat16: a gradient needs no more, and a step takes a fraction.
+
+    Elsewhere such products are emulated, and everything stays float32. Weights, errors and Adam are float32 anyway.
+    """
+    has: dict[str, Any] = torch.cpu.get_capabilities()
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(has.get("avx512_bf16") or has.get("amx_bf16")))
 
 
 def _features(target: Tensor) -> int:
