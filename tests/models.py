@@ -94,6 +94,12 @@ def windows(tokenizer: Any, documents: list[str], length: int, most: int | None 
     return torch.cat([ends[0], rows, ends[1]], dim=1) if ends else rows
 
 
+def beginnings(tokenizer: Any, documents: list[str], length: int, most: int) -> Tensor:
+    """The first documents that are long enough, each cut to one length, int64 `[inputs, length]`."""
+    inputs = (tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in documents)
+    return torch.tensor([ids for ids in inputs if len(ids) == length][:most])
+
+
 def bert(layers: int = 6, width: int = 768, heads: int = 12, seed: int = 0, **config: Any) -> nn.Module:
     """BERT of the base shape with random weights, in evaluation mode, without its pooler."""
     transformers = _transformers()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import embed, is_encoder_linear, lee, minilm, windows
+from models import beginnings, embed, is_encoder_linear, lee, minilm
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -309,7 +309,7 @@ def test_what_looks_at_the_inputs_moves_the_outputs_less() -> None:
 
 def test_criteria_rank_on_a_real_model_as_published() -> None:
     model, tokenizer = minilm()
-    batches = list(windows(tokenizer, lee("lee_background"), 64, most=32).split(8))
+    batches = list(beginnings(tokenizer, lee("lee_background"), 64, most=32).split(8))
     want = embed(model, tokenizer)
     cosines = []
     for options in ({}, {"criterion": "wanda"}, {"criterion": "wanda", "refine": "dsnot"}, {"criterion": "sparsegpt"}):
