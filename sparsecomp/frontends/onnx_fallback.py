@@ -1,7 +1,7 @@
 """The operations of `ai.sparsecomp` in standard ONNX: a model-local function for each, which unpacks its weight.
 
 A run time without the native library inlines the function and folds all that depends on constants, so that one dense
-product is left; the reference evaluator and viewers read it as it is. From opset 13 on a function decodes the packed
+product is left; the reference evaluator and viewers read it as it is. From opset 16 on a function decodes the packed
 arrays by themselves. Older opsets lack the operations for that: there the node also brings the places of its values.
 """
 
@@ -19,7 +19,7 @@ from onnx_ir.tape import Tape
 
 from sparsecomp.runtime.ort_library import DOMAIN
 
-DECODING_OPSET = 13
+DECODING_OPSET = 16
 """From this opset on a function decodes the packed arrays; below it takes `index` and `shape` instead."""
 SCATTER_OPSET = 11
 """From this opset on `index` says where every value goes; below it where every entry of the weight comes from."""
@@ -182,22 +182,19 @@ class _Body:
     def flat(self, value: ir.Value) -> ir.Value:
         return self.op.Reshape(value, self.constant([-1], np.int64))
 
-    def owners(self, starts: ir.Value, counts: ir.Value, like: ir.Value) -> ir.Value:
-        """For every entry of `like` the part that it is in; part p takes `counts[p]` from `starts[p]` on.
+    def owners(self, starts: ir.Value, like: ir.Value) -> ir.Value:
+        """For every entry of `like` the part that it is in; part p begins at `starts[p]`.
 
-        Empty parts share their start with others. Of the rest each marks its start with how far its number is from the
-        one before, and the marks are summed.
+        Every start but the first is marked, with the number of parts that begin there, and the marks are summed: an
+        empty part begins where the next one does. (ONNX Runtime folds no `NonZero`, which could leave them out.)
         """
-        op = self.op
-        live = self.int32(self.flat(op.NonZero(counts)))
-        before = op.Concat(
-            self.constant([0]), op.Slice(live, *(self.constant([at], np.int64) for at in (0, -1))), axis=0
-        )
-        first = op.Gather(starts, live, axis=0)
-        # Without a live part there is the zero in front and nothing that it belongs to.
-        before = op.Slice(before, self.constant([0], np.int64), op.Shape(live))
-        marks = op.ScatterElements(self.zeros(op.Shape(like), np.int32), first, op.Sub(live, before), axis=0)
-        return op.CumSum(marks, self.constant(0))
+        op, one = self.op, self.constant([1], np.int64)
+        later = op.Slice(starts, one, op.Shape(starts))
+        # Parts that are empty at the end begin behind the last entry.
+        marks = self.zeros(op.Add(op.Shape(like), one), np.int32)
+        ones = op.Add(self.zeros(op.Shape(later), np.int32), self.constant(1))
+        marks = op.ScatterElements(marks, later, ones, axis=0, reduction="add")
+        return op.CumSum(op.Slice(marks, self.constant([0], np.int64), op.Shape(like)), self.constant(0))
 
     def placed(self, place: ir.Value, values: ir.Value, *, spare: bool = False) -> ir.Value:
         """The weight `[I, O]` from values and their places; with `spare` one place more is for what does not count."""
@@ -245,9 +242,8 @@ def _decode_rows(body: _Body, variant: Variant) -> ir.Value:
     op, inputs, constant = body.op, body.inputs, body.constant
     outputs, width, chunk, block = (body.attribute(name) for name in variant.attributes)
     two = constant(2)
-    value0, column0, both, turns, left = (op.Gather(inputs["pairs"], constant(field), axis=1) for field in range(5))
-    counts = op.Add(op.Mul(op.Add(both, turns), two), left)
-    pair = body.owners(value0, counts, inputs["values"])
+    value0, column0, both, turns = (op.Gather(inputs["pairs"], constant(field), axis=1) for field in range(4))
+    pair = body.owners(value0, inputs["values"])
 
     def of_pair(values: ir.Value) -> ir.Value:
         return op.Gather(values, pair, axis=0)
@@ -288,7 +284,7 @@ def _decode_panel(body: _Body, variant: Variant) -> ir.Value:
     op, inputs, constant = body.op, body.inputs, body.constant
     start, count = _parts(body)
     columns = inputs["columns"]
-    panel = body.owners(start, count, columns)
+    panel = body.owners(start, columns)
 
     def upright(values: ir.Value) -> ir.Value:
         return op.Reshape(values, constant([-1, 1], np.int64))
@@ -315,9 +311,9 @@ def _decode_panel(body: _Body, variant: Variant) -> ir.Value:
 def _decode_gather(body: _Body, variant: Variant) -> ir.Value:
     """See `sparsecomp.patterns.gathered.GatherWeight`: zeros are padding, whose column means nothing."""
     op, inputs, constant = body.op, body.inputs, body.constant
-    start, count = _parts(body)
+    start, _ = _parts(body)
     group = constant(variant.v)
-    row = body.owners(op.Mul(start, group), op.Mul(count, group), inputs["values"])
+    row = body.owners(op.Mul(start, group), inputs["values"])
     outputs, width = (body.attribute(name) for name in ("outputs", "inputs"))
     place = op.Add(op.Mul(body.int32(inputs["columns"]), outputs), row)
     padding = op.Equal(inputs["values"], constant(0.0, np.float32))
@@ -327,21 +323,16 @@ def _decode_gather(body: _Body, variant: Variant) -> ir.Value:
 def _decode_mask(body: _Body, variant: Variant) -> ir.Value:
     """See `sparsecomp.patterns.gathered.MaskWeight`: the values stand in the order of the bits that are set."""
     op, inputs, constant = body.op, body.inputs, body.constant
-    outputs = body.attribute("outputs")
     words = op.Unsqueeze(body.int32(inputs["masks"]), constant([2], np.int64))
     bits = op.Mod(op.Div(words, constant(1 << np.arange(16))), constant(2))
-    by_row = op.Reshape(
-        bits,
-        op.Concat(
-            op.Reshape(op.Cast(outputs, to=ir.DataType.INT64), constant([1], np.int64)),
-            constant([-1], np.int64),
-            axis=0,
-        ),
-    )
-    places = body.int32(op.NonZero(by_row))
-    row, column = (op.Gather(places, constant(axis), axis=0) for axis in (0, 1))
-    values = op.Slice(inputs["values"], constant([0], np.int64), op.Shape(row))
-    return body.placed(op.Add(op.Mul(column, outputs), row), values)
+    before = op.CumSum(body.flat(bits), constant(0), exclusive=1)
+    # Where a bit is not set, this takes a value that is not used; there are some behind the last one.
+    values = op.Reshape(op.Gather(inputs["values"], before, axis=0), op.Shape(bits))
+    kept = op.Where(op.Equal(bits, constant(1)), values, constant(0.0, np.float32))
+    by_row = op.Reshape(kept, constant([0, -1], np.int64))
+    width = op.Reshape(op.Cast(body.attribute("inputs"), to=ir.DataType.INT64), constant([1], np.int64))
+    by_row = op.Slice(by_row, constant([0], np.int64), width, constant([1], np.int64))
+    return op.Transpose(by_row, perm=[1, 0])
 
 
 _DECODERS: dict[str, Callable[[_Body, Variant], ir.Value]] = {

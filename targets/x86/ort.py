@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy.typing as npt
 from torch import Tensor
 
 from sparsecomp.kernels import gathered, panel, rows
@@ -15,32 +13,25 @@ from sparsecomp.patterns import PanelWeight
 from sparsecomp.patterns.gathered import GatherWeight, MaskWeight
 from sparsecomp.patterns.rows import RowWeight
 from sparsecomp.runtime.launch import KernelSource
-from sparsecomp.runtime.ort_library import OrtTarget
-from sparsecomp.targets.base import Candidate
+from sparsecomp.runtime.ort_library import OrtTarget, PackedWeight
+from sparsecomp.targets.base import Candidate, Target
 from sparsecomp.targets.x86 import schedules
-from sparsecomp.targets.x86.cpu import Level, caches, facts
+from sparsecomp.targets.x86.cpu import LEVELS, Level, caches, facts, level
 
 _BUILTIN_NAMES = {"bmi1": "bmi"}  # Linux's name of a feature: the C compiler's
 _UNTESTED = {"f16c", "movbe"}  # not known to `__builtin_cpu_supports`; every CPU with AVX2 has them
 
 
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight as the constants of a node.
+def level_of(target: Target) -> Level:
+    """The instruction set level of a target.
 
-    Attributes:
-        family: `rows`, `panel`, `gather` or `mask`.
-        v: rows of a panel (panel), entries of a group (gather), else 1.
-        attributes: sizes that the node carries.
-        arrays: by name, in the order of its inputs.
-        width: rows of a panel whose values lie together (panel), else 1.
+    Raises:
+        ValueError: there is no library for such a target.
     """
-
-    family: str
-    v: int
-    attributes: dict[str, int]
-    arrays: dict[str, npt.NDArray[Any]]
-    width: int = 1
+    family, _, name = target.name.partition(":")
+    if family != "x86" or name not in LEVELS:
+        raise ValueError(f"there is no ONNX Runtime library for target {target.name!r}; give 'x86'")
+    return level(name)
 
 
 def pack(level: Level, candidate: Candidate, weight: Tensor) -> PackedWeight:

@@ -13,6 +13,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from sparsecomp.runtime.cache import cache_dir, key_of, link, object_file
 from sparsecomp.runtime.launch import KernelSource, key_of_kernel, write_kernel
@@ -48,6 +51,25 @@ class OrtOperation:
     lanes: int
     v: int
     kernels: tuple[tuple[int, KernelSource], ...]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as the constants of a node.
+
+    Attributes:
+        family: `rows`, `panel`, `gather` or `mask`.
+        v: rows of a panel (panel), entries of a group (gather), else 1.
+        attributes: sizes that the node carries.
+        arrays: by name, in the order of its inputs; the values of a panel or of rows are flat.
+        width: rows of a panel whose values lie together (panel), else 1.
+    """
+
+    family: str
+    v: int
+    attributes: dict[str, int]
+    arrays: dict[str, npt.NDArray[Any]]
+    width: int = 1
 
 
 @dataclass(frozen=True)

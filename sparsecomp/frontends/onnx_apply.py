@@ -1,0 +1,173 @@
+"""Put sparse operations into an ONNX model, in the places of the sites that they replace; all else stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from torch import Tensor
+
+from sparsecomp.frontends.onnx import Derived, Overlay
+from sparsecomp.frontends.onnx_fallback import DECODING_OPSET, Variant, function, index_of
+from sparsecomp.frontends.onnx_shapes import all_graphs
+from sparsecomp.ir import LinearSite
+from sparsecomp.runtime.ort_library import DOMAIN, PackedWeight
+
+_LEAST_IR_VERSION = 8  # the first with model-local functions
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A site to be replaced.
+
+    Attributes:
+        overlay: that it was found in.
+        site: as the passes left it.
+        weight: `[O, I]`.
+        key: equal for sites that share their packed weight.
+        pack: packs a weight like this one.
+    """
+
+    overlay: Overlay
+    site: LinearSite
+    weight: Tensor
+    key: Any
+    pack: Callable[[Tensor], PackedWeight]
+
+
+def apply(model: ir.Model, replacements: Sequence[Replacement]) -> list[Variant]:
+    """Replace sites, in place.
+
+    Args:
+        model: that the overlays were built on.
+        replacements: what to replace; every site once.
+
+    Returns:
+        The operations that the model uses now; each has its function in the model.
+    """
+    opset = model.opset_imports.get("", 1)
+    rewriter = _Rewriter(model, opset)
+    variants = dict.fromkeys(rewriter.replace(replacement) for replacement in replacements)
+    for variant in variants:
+        made = function(variant, opset)
+        model.functions[made.identifier()] = made
+    if variants:
+        model.graph.opset_imports[DOMAIN] = 1
+        model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
+    return list(variants)
+
+
+@dataclass
+class _Rewriter:
+    model: ir.Model
+    opset: int
+    names: set[str] = field(default_factory=set)
+    packed: dict[Any, tuple[PackedWeight, dict[str, ir.Value]]] = field(default_factory=dict)
+    replaced: dict[ir.Value, ir.Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for graph in all_graphs(self.model.graph):
+            self.names.update(value.name or "" for value in (*graph.inputs, *graph.initializers.values()))
+            self.names.update(value.name or "" for node in graph for value in node.outputs)
+
+    def replace(self, replacement: Replacement) -> Variant:
+        """Put one operation in the place of a site."""
+        overlay, site = replacement.overlay, replacement.site
+        packed, arrays = self._packed(replacement)
+        variant = Variant(
+            packed.family,
+            packed.v,
+            packed.width,
+            site.activation,
+            site.bias is not None,
+            site.residual is not None,
+            self.opset < DECODING_OPSET,
+        )
+        new_nodes: list[ir.Node] = []
+        operands = [
+            self._operand(overlay, name, new_nodes) for name in (site.x, site.bias, site.residual) if name is not None
+        ]
+        attributes = [ir.AttrInt64(name, packed.attributes[name]) for name in variant.attributes]
+        node = ir.Node(DOMAIN, variant.name, [*operands, *arrays.values()], attributes, name=site.name)
+        new_nodes.append(node)
+        old_value = overlay.origin(site.anchor)
+        assert isinstance(old_value, ir.Value)
+        old_nodes = list(dict.fromkeys(node for name in site.operations for node in overlay.nodes[name]))
+        read = [value for node in old_nodes for value in node.inputs if value is not None]
+        anchor = old_value.producer()
+        assert anchor is not None
+        ir.convenience.replace_nodes_and_values(
+            overlay.owner, anchor, old_nodes, new_nodes, [old_value], [node.outputs[0]]
+        )
+        self.replaced[old_value] = node.outputs[0]
+        _remove_unused(read)
+        return variant
+
+    def _operand(self, overlay: Overlay, name: str, new_nodes: list[ir.Node]) -> ir.Value:
+        origin = overlay.origin(name)
+        if isinstance(origin, Derived):
+            if origin.tensor is not None:
+                return self._initializer(overlay.owner, name, origin.tensor)
+            assert origin.transposed is not None
+            source = self.replaced.get(origin.transposed, origin.transposed)
+            node = ir.Node("", "Transpose", [source], [ir.AttrInt64s("perm", [1, 0])])
+            node.outputs[0].name = self._unique(name)
+            new_nodes.append(node)
+            return node.outputs[0]
+        return self.replaced.get(origin, origin)
+
+    def _packed(self, replacement: Replacement) -> tuple[PackedWeight, dict[str, ir.Value]]:
+        key = (replacement.key, replacement.overlay.owner)
+        if key not in self.packed:
+            packed = replacement.pack(replacement.weight)
+            arrays = dict(packed.arrays)
+            if self.opset < DECODING_OPSET:
+                weight = replacement.weight.float().numpy()
+                arrays["index"] = index_of(_values_of(replacement.pack), weight, self.opset)
+                arrays["shape"] = np.array(weight.shape[::-1], np.int64)
+            owner, stem = replacement.overlay.owner, replacement.site.name
+            values = {name: self._initializer(owner, f"{stem}.{name}", array) for name, array in arrays.items()}
+            self.packed[key] = packed, values
+        return self.packed[key]
+
+    def _initializer(self, graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        tensor = ir.tensor(np.ascontiguousarray(array), name=self._unique(name))
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+        )
+        graph.register_initializer(value)
+        return value
+
+    def _unique(self, name: str) -> str:
+        candidate, count = name, 1
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+
+def _values_of(pack: Callable[[Tensor], PackedWeight]) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+    from torch import from_numpy
+
+    return lambda weight: pack(from_numpy(weight)).arrays["values"]
+
+
+def _remove_unused(values: list[ir.Value]) -> None:
+    """Remove what gave values that nothing reads any more: initializers, constants, transposes of weights."""
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if value.uses() or value.is_graph_output() or value.is_graph_input():
+            continue
+        node = value.producer()
+        if node is None:
+            if value.graph is not None and value.name in value.graph.initializers:
+                del value.graph.initializers[value.name]
+        elif node.graph is not None and not any(other.uses() or other.is_graph_output() for other in node.outputs):
+            waiting.extend(operand for operand in node.inputs if operand is not None)
+            node.graph.remove(node, safe=True)

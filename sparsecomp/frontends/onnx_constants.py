@@ -1,0 +1,145 @@
+"""The constants of an ONNX model: initializers, Constant nodes, and what a few operations make of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+    ir.DataType.DOUBLE: torch.float64,
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT16: torch.int16,
+    ir.DataType.INT32: torch.int32,
+    ir.DataType.INT64: torch.int64,
+    ir.DataType.BOOL: torch.bool,
+}
+"""Element types that PyTorch has too."""
+
+FOLDED = frozenset({"Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operations that give a constant for constants; none of them makes more elements than it is given."""
+
+_DEEPEST = 16  # such operations in a row
+
+
+class Constants:
+    """Which values of a model are constant, and what they are; what was folded is kept."""
+
+    def __init__(self, model: ir.Model) -> None:
+        # An initializer that is an input as well is a default, which the caller may replace.
+        self._replaceable = set(model.graph.inputs)
+        self._opsets = dict(model.opset_imports)
+        self._known: dict[ir.Value, bool] = {}
+        self._folded: dict[ir.Value, npt.NDArray[Any]] = {}
+
+    def is_constant(self, value: ir.Value) -> bool:
+        """Whether a value is the same for every call and can be computed here."""
+        if value not in self._known:
+            self._known[value] = self._find(value, 0)
+        return self._known[value]
+
+    def _find(self, value: ir.Value, depth: int) -> bool:
+        if value in self._replaceable or depth > _DEEPEST:
+            return False
+        if _stored(value) is not None:
+            return True
+        node = value.producer()
+        if node is None or node.domain != "" or node.op_type not in FOLDED or not node.inputs:
+            return False
+        return all(operand is None or self._find(operand, depth + 1) for operand in node.inputs)
+
+    def name(self, value: ir.Value) -> str:
+        """The name of a constant, of a folded one that of what it was made of."""
+        while _stored(value) is None and (node := value.producer()) is not None and node.inputs[0] is not None:
+            value = node.inputs[0]
+        return value.name or ""
+
+    def shape_and_type(self, value: ir.Value) -> tuple[tuple[int, ...], torch.dtype | None]:
+        """Shape and element type of a constant, None for a type that PyTorch does not have."""
+        stored = _stored(value)
+        if stored is not None:
+            return tuple(stored.shape.numpy()), DTYPES.get(stored.dtype)
+        array = self.array(value)
+        assert array is not None
+        return array.shape, DTYPES.get(ir.DataType.from_numpy(array.dtype))
+
+    def array(self, value: ir.Value) -> npt.NDArray[Any] | None:
+        """What a constant is; None if it is none.
+
+        Raises:
+            ValueError: its data does not fit its shape, or cannot be read.
+        """
+        if not self.is_constant(value):
+            return None
+        stored = _stored(value)
+        if stored is not None:
+            return read_tensor(stored)
+        if value not in self._folded:
+            self._folded[value] = self._fold(value)
+        return self._folded[value]
+
+    def tensor(self, value: ir.Value) -> torch.Tensor | None:
+        """A constant for PyTorch, sharing its memory; None for types that no kernel could take."""
+        shape, dtype = self.shape_and_type(value)
+        if dtype is None or not dtype.is_floating_point or not shape:
+            return None
+        array = self.array(value)
+        return None if array is None else as_torch(array)
+
+    def _fold(self, value: ir.Value) -> npt.NDArray[Any]:
+        from onnx.reference import ReferenceEvaluator
+
+        node = value.producer()
+        assert node is not None
+        given = [value for value in node.inputs if value is not None]
+        proto = ir.to_proto(node)
+        feeds = {operand.name: self.array(operand) for operand in given}
+        try:
+            result = ReferenceEvaluator(proto, opsets=self._opsets).run(None, feeds)
+        except Exception as error:  # the evaluator has no error of its own
+            raise ValueError(f"node {node.name!r} ({node.op_type}) cannot be evaluated: {error}") from error
+        return np.asarray(result[0])
+
+
+def _stored(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or a Constant node."""
+    return ir.convenience.get_const_tensor(value)
+
+
+def read_tensor(tensor: ir.TensorProtocol) -> npt.NDArray[Any]:
+    """The elements of a tensor, which may lie in another file.
+
+    Raises:
+        ValueError: they do not fit the shape, or cannot be read.
+    """
+    try:
+        array = tensor.numpy()
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"constant {tensor.name!r} cannot be read: {error}") from error
+    if tuple(array.shape) != tuple(tensor.shape.numpy()):
+        raise ValueError(
+            f"constant {tensor.name!r} holds {array.shape}, but its shape is {tuple(tensor.shape.numpy())}"
+        )
+    return array
+
+
+def as_torch(array: npt.NDArray[Any]) -> torch.Tensor | None:
+    """An array as a tensor of the same memory, which is only read; None for a type that PyTorch does not have."""
+    dtype = DTYPES.get(ir.DataType.from_numpy(array.dtype))
+    if dtype is None:
+        return None
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        if dtype == torch.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)

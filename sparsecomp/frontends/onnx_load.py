@@ -1,0 +1,99 @@
+"""Read an ONNX model that need not be trusted."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from sparsecomp.frontends.onnx_fallback import OLDEST_OPSET
+from sparsecomp.runtime.ort_library import DOMAIN
+
+MOST_NODES = 2_000_000
+"""Nodes of a model with its functions inlined, at most: a few that call each other may stand for very many."""
+_OPTIONAL_INPUTS = 4  # IR version from which on an initializer need not be an input
+
+
+def load(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir.Model:
+    """Read a model and bring it into the form that the front end takes.
+
+    Functions are inlined, as ONNX Runtime does when it loads a model. In models so old that every initializer had to be
+    an input too, they are none any more.
+
+    Args:
+        source: path of a model, or one in memory; it is not changed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no valid model, was optimised before, or uses what this package does not read.
+    """
+    model = _read(source)
+    if DOMAIN in model.opset_imports:
+        raise ValueError(f"the model has operations of {DOMAIN} already: optimise the model that it was made from")
+    opset = model.opset_imports.get("", OLDEST_OPSET)
+    if opset < OLDEST_OPSET:
+        raise ValueError(f"the model uses opset {opset}; {OLDEST_OPSET} or newer is read. Export it anew")
+    if model.functions:
+        _check_inlined_size(model)
+        common.InlinePass()(model)
+    if model.ir_version < _OPTIONAL_INPUTS:
+        common.RemoveInitializersFromInputsPass()(model)
+    return model
+
+
+def _read(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir.Model:
+    if isinstance(source, ir.Model):
+        return source.clone()
+    try:
+        if isinstance(source, onnx.ModelProto):
+            onnx.checker.check_model(source)
+            return ir.from_proto(source)
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file; give the path of an ONNX model")
+        onnx.checker.check_model(str(path))
+        model = ir.load(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a parser raises for what is no model
+        raise ValueError(f"{_named(source)} is no valid ONNX model: {error}") from error
+    return model
+
+
+def _named(source: object) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else "the model"
+
+
+def _check_inlined_size(model: ir.Model) -> None:
+    """Count the nodes after inlining before it is done.
+
+    Raises:
+        ValueError: they are too many, or functions call each other in a circle.
+    """
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+    active: set[ir.OperatorIdentifier] = set()
+
+    def size_of(identifier: ir.OperatorIdentifier) -> int:
+        if identifier in active:
+            raise ValueError(f"function {identifier[1]!r} of the model calls itself")
+        if identifier not in sizes:
+            active.add(identifier)
+            if len(active) > 500:
+                raise ValueError("functions of the model call each other too deeply")
+            sizes[identifier] = count(model.functions[identifier])
+            active.discard(identifier)
+        return sizes[identifier]
+
+    def count(body: ir.Function | ir.Graph) -> int:
+        total = 0
+        for node in body.all_nodes():
+            called = node.op_identifier()
+            total += size_of(called) if called in model.functions else 1
+            if total > MOST_NODES:
+                raise ValueError(f"the model has more than {MOST_NODES} nodes when its functions are inlined")
+        return total
+
+    count(model.graph)

@@ -1,0 +1,200 @@
+"""Sparse ONNX models: `inspect` says what a model would gain, `optimize` writes one that runs in ONNX Runtime.
+
+The written model gives the same numbers everywhere: what is sparse is an operation of the domain `ai.sparsecomp` with a
+function of standard operations beside it. Where the library that is written with it is registered, its kernels run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from sparsecomp.analysis import SiteChooser
+from sparsecomp.frontends.onnx import Overlay, build
+from sparsecomp.frontends.onnx_apply import Replacement, apply
+from sparsecomp.frontends.onnx_fallback import Variant
+from sparsecomp.frontends.onnx_load import load
+from sparsecomp.frontends.onnx_shapes import infer
+from sparsecomp.ir import LinearSite, Site
+from sparsecomp.options import Options
+from sparsecomp.passes import DetectConv, DetectLinear, FuseEpilogue, run_passes
+from sparsecomp.planner import Plan, SiteChoice, decline
+from sparsecomp.report import Report
+from sparsecomp.runtime.facts import facts_of
+from sparsecomp.runtime.ort_library import OrtOperation
+from sparsecomp.runtime.ort_library import build as build_library
+from sparsecomp.targets.base import Candidate, Target
+
+Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
+
+PLAN_KEY = "ai.sparsecomp.plan"
+"""Key of the plan in the metadata of a written model."""
+_EXTERNAL_ABOVE = 1_500_000_000
+"""Bytes of constants from which on they go to a file beside the model: protobuf ends at 2 GB."""
+_DTYPES = (torch.float32,)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    overlay: Overlay
+    site: Site
+    choice: SiteChoice
+
+
+def inspect(
+    model: Source,
+    *,
+    options: Options | Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Report:
+    """Say what every site of a model would become, at which predicted times and why; nothing is written.
+
+    Args:
+        model: path of a model, or one in memory; it is not changed.
+        options: as for `torch.compile`: `target`, `plan`, `patterns`, `exclude`.
+        shapes: sizes of inputs by name that the times are for; what the model leaves open is 1 first, then 128, and 224
+            from the third dimension of an image on.
+
+    Raises:
+        ValueError: the model is not valid, or an option is bad.
+        FileNotFoundError: there is no such file.
+    """
+    parsed = Options.parse(options)
+    target = parsed.resolve_target()
+    return _report(_plan(load(model), parsed, target, shapes), target)
+
+
+def optimize(
+    model: Source,
+    output: str | os.PathLike[str],
+    *,
+    options: Options | Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Report:
+    """Write a model whose sparse sites run in kernels of their own, and the library with these beside it.
+
+    Args:
+        model: path of a model, or one in memory; it is not changed.
+        output: path of the model to write, such as `model.sparse.onnx`; the library is `model.sparse.so`. There is none
+            where every site stays dense.
+        options: as in `inspect`.
+        shapes: as in `inspect`; the written model runs with others too.
+
+    Returns:
+        What was chosen for every site.
+
+    Raises:
+        ValueError: the model is not valid, or an option is bad; nothing is written.
+        BuildError: the library could not be built here; nothing is written.
+    """
+    from sparsecomp.targets.x86 import ort
+
+    parsed = Options.parse(options)
+    target = parsed.resolve_target()
+    level = ort.level_of(target)
+    loaded = load(model)
+    planned = _plan(loaded, parsed, target, shapes)
+    report = _report(planned, target)
+    replacements = [
+        Replacement(
+            item.overlay,
+            item.site,
+            item.site.weight.t() if item.site.transposed else item.site.weight,
+            (item.site.weight_op, item.choice.chosen),
+            _packer(level, item.choice.chosen),
+        )
+        for item in planned
+        if isinstance(item.site, LinearSite) and not item.choice.chosen.is_dense
+    ]
+    variants = apply(loaded, replacements)
+    loaded.metadata_props[PLAN_KEY] = report.plan.to_json()
+    path = Path(output)
+    library = path.with_suffix(".so")
+    if variants:
+        operations = [_operation(variant, level) for variant in variants]
+        build_library(operations, ort.ort_target(level), library)
+    _save(loaded, path)
+    return report
+
+
+def _packer(level: Any, candidate: Candidate) -> Any:
+    from sparsecomp.targets.x86 import ort
+
+    return lambda weight: ort.pack(level, candidate, weight)
+
+
+def _operation(variant: Variant, level: Any) -> OrtOperation:
+    from sparsecomp.kernels.epilogue import Epilogue
+    from sparsecomp.targets.x86 import ort
+
+    return OrtOperation(
+        name=variant.name,
+        family=variant.family,
+        bias=variant.bias,
+        residual=variant.residual,
+        indexed=variant.indexed,
+        lanes=level.lanes,
+        v=variant.v,
+        kernels=ort.kernels(level, variant.family, variant.v, Epilogue(variant.activation, variant.residual)),
+    )
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    size = sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+    if size > _EXTERNAL_ABOVE:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        ir.save(model, path)
+
+
+def _plan(
+    model: ir.Model, options: Options, target: Target, shapes: Mapping[str, Sequence[int]] | None
+) -> list[_Planned]:
+    """Find the sites of all graphs of a model and choose what each becomes."""
+    planned: list[_Planned] = []
+    taken: dict[str, int] = {}
+    for overlay in build(model, infer(model, shapes)):
+        run_passes(overlay.graph, [DetectLinear(), DetectConv(), FuseEpilogue()])
+        for site in overlay.graph.sites:
+            # A subgraph has names of its own.
+            taken[site.name] = taken.get(site.name, 0) + 1
+            if taken[site.name] > 1:
+                site.name = f"{site.name}#{taken[site.name]}"
+            planned.append(_Planned(overlay, site, _choose(site, options, target)))
+    return planned
+
+
+def _choose(site: Site, options: Options, target: Target) -> SiteChoice:
+    known = not site.weight.is_meta and site.weight.ndim >= 2 and site.weight.numel() > 0
+    facts = facts_of(site.weight, site.transposed) if known else None
+    reason = site.declined or _why_dense(site, options)
+    if reason is not None or facts is None:
+        return decline(site, reason or "its weight cannot be read", facts)
+    return SiteChooser(site, target, options).choice(facts)
+
+
+def _why_dense(site: Site, options: Options) -> str | None:
+    if site.dtype not in _DTYPES:
+        return f"it computes in {str(site.dtype).removeprefix('torch.')}; float32 is supported in ONNX Runtime"
+    if not isinstance(site, LinearSite):
+        return "convolutions are not rewritten for ONNX Runtime"
+    rule = options.excluding(site.name)
+    return None if rule is None else f"excluded by {rule!r}"
+
+
+def _report(planned: list[_Planned], target: Target) -> Report:
+    plan = Plan(target.name, threads=torch.get_num_threads())
+    plan.add(item.choice for item in planned)
+    return Report(plan, target.description)
