@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -32,7 +32,8 @@ from sparsecomp.runtime.ort_library import OrtOperation
 from sparsecomp.runtime.ort_library import build as build_library
 from sparsecomp.targets.base import Candidate, Target
 
-Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
+Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"
+"""What a model may be given as."""
 
 PLAN_KEY = "ai.sparsecomp.plan"
 """Key of the plan in the metadata of a written model."""
@@ -116,12 +117,16 @@ def optimize(
     variants = apply(loaded, replacements)
     loaded.metadata_props[PLAN_KEY] = report.plan.to_json()
     path = Path(output)
-    library = path.with_suffix(".so")
     if variants:
         operations = [_operation(variant, level) for variant in variants]
-        build_library(operations, ort.ort_target(level), library)
+        build_library(operations, ort.ort_target(level), library_of(path))
     _save(loaded, path)
     return report
+
+
+def library_of(output: str | os.PathLike[str]) -> Path:
+    """The path of the library that `optimize` writes for a path of a model."""
+    return Path(output).with_suffix(".so")
 
 
 def _packer(level: Any, candidate: Candidate) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `sparsecomp info`, `calibrate`, `explain FOLDER`, `plan FOLDER`, `prune FOLDER`.
+"""The command line: `sparsecomp info`, `calibrate`, `explain`, `plan`, `prune FOLDER`, `inspect`, `optimize MODEL`.
 
 torch and the targets are imported inside the commands, so that help is there at once.
 """
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsecomp.cli.machine import calibrate, info
+from sparsecomp.cli.onnx import inspect, optimize
 from sparsecomp.cli.pruning import plan, prune
 from sparsecomp.cli.report import explain
 
@@ -36,5 +37,5 @@ def main(
     """Sparse neural networks, faster on the hardware that people have."""
 
 
-for command in (info, calibrate, explain, plan, prune):
+for command in (info, calibrate, explain, plan, prune, inspect, optimize):
     app.command()(command)

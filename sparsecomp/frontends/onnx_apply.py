@@ -137,7 +137,7 @@ class _Rewriter:
     def _initializer(self, graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
         tensor = ir.tensor(np.ascontiguousarray(array), name=self._unique(name))
         value = ir.Value(
-            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
         )
         graph.register_initializer(value)
         return value
@@ -166,8 +166,8 @@ def _remove_unused(values: list[ir.Value]) -> None:
             continue
         node = value.producer()
         if node is None:
-            if value.graph is not None and value.name in value.graph.initializers:
-                del value.graph.initializers[value.name]
+            if value.graph is not None and (value.name or "") in value.graph.initializers:
+                del value.graph.initializers[value.name or ""]
         elif node.graph is not None and not any(other.uses() or other.is_graph_output() for other in node.outputs):
             waiting.extend(operand for operand in node.inputs if operand is not None)
             node.graph.remove(node, safe=True)

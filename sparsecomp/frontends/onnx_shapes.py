@@ -206,7 +206,7 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
         tensor = value.const_value
         if tensor is None:
             continue
-        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape)
+        value.dtype, value.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         if tensor.nbytes > _LARGEST_TENSOR:
             del clone.graph.initializers[value.name or ""]
             value.const_value = None

@@ -84,7 +84,7 @@ def kernels(level: Level, family: str, v: int, epilogue: Epilogue) -> tuple[tupl
         return tuple(source(tile, schedules.panel_schedule(level, v, tile), panel.build) for tile in tiles)
     if family == "gather":
         return (source(0, schedules.gather_schedule(level), gathered.build_gather),)
-    return (source(0, gathered.MaskSchedule(level.spread), gathered.build_mask),)
+    return (source(0, gathered.MaskSchedule("expand" if level.spread == "expand" else "pshufb"), gathered.build_mask),)
 
 
 def ort_target(level: Level) -> OrtTarget:

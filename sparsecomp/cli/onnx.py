@@ -1,0 +1,98 @@
+"""`sparsecomp inspect` and `sparsecomp optimize`: ONNX models for ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsecomp.cli.common import Threads, errors_for_people, set_threads
+
+Model = Annotated[Path, typer.Argument(help="An ONNX model.")]
+TargetName = Annotated[str | None, typer.Option(help="Name of a target; this machine's if not given.")]
+PlanFile = Annotated[Path | None, typer.Option(help="A plan to follow where the weights allow it.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape", metavar="NAME=SIZES", help="Sizes of an input that the times are for, such as input_ids=1x128."
+    ),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="REGEX", help="Sites whose name this matches stay dense; several times.")
+]
+
+
+def inspect(
+    model: Model,
+    target: TargetName = None,
+    plan: PlanFile = None,
+    shape: Shapes = None,
+    exclude: Exclude = None,
+    save_plan: Annotated[Path | None, typer.Option(help="Write the plan to this file, to be edited.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report to this file, as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file, as a page.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Print the sites of an ONNX model: zeros, patterns, what each would gain on this machine, and why not."""
+    with errors_for_people():
+        set_threads(threads)
+        sizes = _sizes(shape)
+        options = {"target": target, "plan": plan, "exclude": exclude}
+        report = _api().inspect(model, options=options, shapes=sizes)
+    print(report)
+    if save_plan is not None:
+        report.plan.save(save_plan)
+    if json is not None:
+        json.write_text(report.to_json(), encoding="utf-8")
+    if html is not None:
+        html.write_text(report.to_html(), encoding="utf-8")
+
+
+def optimize(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="The model to write, such as model.sparse.onnx; beside it model.sparse.so."
+        ),
+    ],
+    target: TargetName = None,
+    plan: PlanFile = None,
+    shape: Shapes = None,
+    exclude: Exclude = None,
+    threads: Threads = None,
+) -> None:
+    """Write a model whose sparse layers run in kernels of their own, and the library for ONNX Runtime with these."""
+    with errors_for_people():
+        set_threads(threads)
+        sizes = _sizes(shape)
+        options = {"target": target, "plan": plan, "exclude": exclude}
+        report = _api().optimize(model, output, options=options, shapes=sizes)
+        library = _api().library_of(output)
+    print(report)
+    if report.rewritten:
+        print(f"written to {output} and {library}; use: options.register_custom_ops_library({str(library)!r})")
+    else:
+        print(f"written to {output}; nothing was replaced, so that there is no library")
+
+
+def _api() -> Any:
+    try:
+        import sparsecomp.onnx
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'sparsecomp[onnx]'") from error
+    return sparsecomp.onnx
+
+
+def _sizes(given: list[str] | None) -> dict[str, list[int]]:
+    sizes: dict[str, list[int]] = {}
+    for text in given or []:
+        name, _, numbers = text.rpartition("=")
+        try:
+            sizes[name] = [int(number) for number in numbers.lower().split("x")]
+        except ValueError:
+            name = ""
+        if not name:
+            raise ValueError(f"--shape {text!r}: expected NAME=SIZES, such as input_ids=1x128")
+    return sizes
