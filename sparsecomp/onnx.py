@@ -7,10 +7,10 @@ function of standard operations beside it. Where the library that is written wit
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -21,8 +21,9 @@ from sparsecomp.frontends.onnx import Overlay, build
 from sparsecomp.frontends.onnx_apply import Replacement, apply
 from sparsecomp.frontends.onnx_fallback import Variant
 from sparsecomp.frontends.onnx_load import load
+from sparsecomp.frontends.onnx_norm import fold_norm, folds
 from sparsecomp.frontends.onnx_shapes import infer
-from sparsecomp.ir import LinearSite, Site
+from sparsecomp.ir import ConvSite, LinearSite, Site
 from sparsecomp.options import Options
 from sparsecomp.passes import DetectConv, DetectLinear, FuseEpilogue, run_passes
 from sparsecomp.planner import Plan, SiteChoice, decline
@@ -30,7 +31,11 @@ from sparsecomp.report import Report
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.ort_library import OrtOperation
 from sparsecomp.runtime.ort_library import build as build_library
-from sparsecomp.targets.base import Candidate, Target
+from sparsecomp.targets.base import Target
+from sparsecomp.window import Maps, Window
+
+if TYPE_CHECKING:
+    from sparsecomp.targets.x86.cpu import Level
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"
 """What a model may be given as."""
@@ -103,22 +108,17 @@ def optimize(
     loaded = load(model)
     planned = _plan(loaded, parsed, target, shapes)
     report = _report(planned, target)
-    replacements = [
-        Replacement(
-            item.overlay,
-            item.site,
-            item.site.weight.t() if item.site.transposed else item.site.weight,
-            (item.site.weight_op, item.choice.chosen),
-            _packer(level, item.choice.chosen),
-        )
-        for item in planned
-        if isinstance(item.site, LinearSite) and not item.choice.chosen.is_dense
-    ]
-    variants = apply(loaded, replacements)
+    chosen = [item for item in planned if not item.choice.chosen.is_dense]
+    variants = apply(loaded, [_replacement(item, level) for item in chosen])
     loaded.metadata_props[PLAN_KEY] = report.plan.to_json()
     path = Path(output)
     if variants:
-        operations = [_operation(variant, level) for variant in variants]
+        calls: dict[Window | None, set[tuple[Maps, int, int]]] = {}
+        for item in chosen:
+            if isinstance(item.site, ConvSite):
+                vectors = dict(item.choice.chosen.params)["vectors"]
+                calls.setdefault(item.site.window, set()).add((item.site.maps, item.site.out_features, vectors))
+        operations = [_operation(variant, level, calls.get(variant.window, set())) for variant in variants]
         build_library(operations, ort.ort_target(level), library_of(path))
     _save(loaded, path)
     return report
@@ -129,16 +129,33 @@ def library_of(output: str | os.PathLike[str]) -> Path:
     return Path(output).with_suffix(".so")
 
 
-def _packer(level: Any, candidate: Candidate) -> Any:
+def _replacement(item: _Planned, level: Level) -> Replacement:
     from sparsecomp.targets.x86 import ort
 
-    return lambda weight: ort.pack(level, candidate, weight)
+    site, candidate = item.site, item.choice.chosen
+    if isinstance(site, LinearSite):
+        matrix = site.weight.t() if site.transposed else site.weight
+        key = (site.weight_op, site.transposed, candidate)
+        return Replacement(item.overlay, site, matrix, key, lambda weight: ort.pack(level, candidate, weight))
+    window = site.window
+    assert window is not None
+    weight, bias = fold_norm(item.overlay, site)
+    key = (site.weight_op, window.groups, candidate, site.norm)
+    return Replacement(
+        item.overlay, site, weight, key, lambda weight: ort.pack_conv(level, candidate, weight, window), bias
+    )
 
 
-def _operation(variant: Variant, level: Any) -> OrtOperation:
+def _operation(variant: Variant, level: Level, calls: Collection[tuple[Maps, int, int]]) -> OrtOperation:
     from sparsecomp.kernels.epilogue import Epilogue
     from sparsecomp.targets.x86 import ort
 
+    epilogue = Epilogue(variant.activation, variant.residual, variant.residual_first)
+    opening = None
+    if variant.window is None:
+        kernels = ort.kernels(level, variant.family, variant.v, epilogue)
+    else:
+        kernels, opening = ort.conv_kernels(level, variant.window, epilogue, calls)
     return OrtOperation(
         name=variant.name,
         family=variant.family,
@@ -147,7 +164,10 @@ def _operation(variant: Variant, level: Any) -> OrtOperation:
         indexed=variant.indexed,
         lanes=level.lanes,
         v=variant.v,
-        kernels=ort.kernels(level, variant.family, variant.v, Epilogue(variant.activation, variant.residual)),
+        kernels=kernels,
+        window=variant.window,
+        rank=variant.rank,
+        opening=opening,
     )
 
 
@@ -177,24 +197,24 @@ def _plan(
             taken[site.name] = taken.get(site.name, 0) + 1
             if taken[site.name] > 1:
                 site.name = f"{site.name}#{taken[site.name]}"
-            planned.append(_Planned(overlay, site, _choose(site, options, target)))
+            planned.append(_Planned(overlay, site, _choose(overlay, site, options, target)))
     return planned
 
 
-def _choose(site: Site, options: Options, target: Target) -> SiteChoice:
+def _choose(overlay: Overlay, site: Site, options: Options, target: Target) -> SiteChoice:
     known = not site.weight.is_meta and site.weight.ndim >= 2 and site.weight.numel() > 0
     facts = facts_of(site.weight, site.transposed) if known else None
-    reason = site.declined or _why_dense(site, options)
+    reason = site.declined or _why_dense(overlay, site, options)
     if reason is not None or facts is None:
         return decline(site, reason or "its weight cannot be read", facts)
     return SiteChooser(site, target, options).choice(facts)
 
 
-def _why_dense(site: Site, options: Options) -> str | None:
+def _why_dense(overlay: Overlay, site: Site, options: Options) -> str | None:
     if site.dtype not in _DTYPES:
         return f"it computes in {str(site.dtype).removeprefix('torch.')}; float32 is supported in ONNX Runtime"
-    if not isinstance(site, LinearSite):
-        return "convolutions are not rewritten for ONNX Runtime"
+    if isinstance(site, ConvSite) and site.norm is not None and not folds(overlay, site):
+        return "its batch normalisation is computed at each call"
     rule = options.excluding(site.name)
     return None if rule is None else f"excluded by {rule!r}"
 

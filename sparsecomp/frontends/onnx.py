@@ -283,6 +283,15 @@ class _Builder:
         }
         return _Call("conv", tuple(inputs), attrs)
 
+    def read_batch_norm(self, node: ir.Node) -> _Call | None:
+        if len(node.outputs) != 1 or node.attributes.get_int("training_mode", 0) or len(node.inputs) < 5:
+            return None
+        x, scale, bias, mean, variance = (None if value is None else self._operand(value) for value in node.inputs[:5])
+        if x is None or scale is None or bias is None or mean is None or variance is None:
+            return None
+        attrs = {"affine": (True, True), "eps": node.attributes.get_float("epsilon", 1e-5)}
+        return _Call("batch_norm", (x, mean, variance, scale, bias), attrs)
+
     def read_transpose(self, node: ir.Node) -> _Call | None:
         source = node.inputs[0]
         if source is None:
@@ -374,6 +383,7 @@ _READERS: dict[tuple[str, str], Callable[[_Builder, ir.Node], _Call | None]] = {
     ("", "MatMul"): _Builder.read_matmul,
     ("", "Gemm"): _Builder.read_gemm,
     ("", "Conv"): _Builder.read_conv,
+    ("", "BatchNormalization"): _Builder.read_batch_norm,
     ("", "Add"): _Builder.read_add,
     ("", "Sum"): _Builder.read_add,
     ("", "Transpose"): _Builder.read_transpose,

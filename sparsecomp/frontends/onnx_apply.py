@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsecomp.frontends.onnx import Derived, Overlay
 from sparsecomp.frontends.onnx_fallback import DECODING_OPSET, Variant, function, index_of
 from sparsecomp.frontends.onnx_shapes import all_graphs
-from sparsecomp.ir import LinearSite
+from sparsecomp.ir import ConvSite, Site
 from sparsecomp.runtime.ort_library import DOMAIN, PackedWeight
 
 _LEAST_IR_VERSION = 8  # the first with model-local functions
@@ -27,16 +27,18 @@ class Replacement:
     Attributes:
         overlay: that it was found in.
         site: as the passes left it.
-        weight: `[O, I]`.
+        weight: `[O, I]`, or that of the convolution.
         key: equal for sites that share their packed weight.
         pack: packs a weight like this one.
+        bias: instead of the site's own, where a normalisation was folded into it.
     """
 
     overlay: Overlay
-    site: LinearSite
+    site: Site
     weight: Tensor
     key: Any
     pack: Callable[[Tensor], PackedWeight]
+    bias: npt.NDArray[np.float32] | None = None
 
 
 def apply(model: ir.Model, replacements: Sequence[Replacement]) -> list[Variant]:
@@ -78,19 +80,27 @@ class _Rewriter:
         """Put one operation in the place of a site."""
         overlay, site = replacement.overlay, replacement.site
         packed, arrays = self._packed(replacement)
+        conv = site if isinstance(site, ConvSite) else None
         variant = Variant(
             packed.family,
             packed.v,
             packed.width,
             site.activation,
-            site.bias is not None,
+            site.bias is not None or replacement.bias is not None,
             site.residual is not None,
             self.opset < DECODING_OPSET,
+            residual_first=conv is not None and conv.residual_first,
+            window=None if conv is None else conv.window,
+            rank=2 if conv is None else conv.weight.ndim - 2,
         )
         new_nodes: list[ir.Node] = []
-        operands = [
-            self._operand(overlay, name, new_nodes) for name in (site.x, site.bias, site.residual) if name is not None
-        ]
+        operands = [self._operand(overlay, site.x, new_nodes)]
+        if replacement.bias is not None:
+            operands.append(self._initializer(overlay.owner, f"{site.name}.bias", replacement.bias))
+        elif site.bias is not None:
+            operands.append(self._operand(overlay, site.bias, new_nodes))
+        if site.residual is not None:
+            operands.append(self._operand(overlay, site.residual, new_nodes))
         attributes = [ir.AttrInt64(name, packed.attributes[name]) for name in variant.attributes]
         node = ir.Node(DOMAIN, variant.name, [*operands, *arrays.values()], attributes, name=site.name)
         new_nodes.append(node)
@@ -128,7 +138,7 @@ class _Rewriter:
             if self.opset < DECODING_OPSET:
                 weight = replacement.weight.float().numpy()
                 arrays["index"] = index_of(_values_of(replacement.pack), weight, self.opset)
-                arrays["shape"] = np.array(weight.shape[::-1], np.int64)
+                arrays["shape"] = np.array(weight.shape[::-1] if weight.ndim == 2 else weight.shape, np.int64)
             owner, stem = replacement.overlay.owner, replacement.site.name
             values = {name: self._initializer(owner, f"{stem}.{name}", array) for name, array in arrays.items()}
             self.packed[key] = packed, values

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from sparsecomp.runtime.ort_library import DOMAIN
+from sparsecomp.window import Window
 
 DECODING_OPSET = 16
 """From this opset on a function decodes the packed arrays; below it takes `index` and `shape` instead."""
@@ -25,17 +26,29 @@ SCATTER_OPSET = 11
 """From this opset on `index` says where every value goes; below it where every entry of the weight comes from."""
 OLDEST_OPSET = 9
 
-_TITLES = {"none": "", "relu": "Relu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "silu": "Silu"}
+_TITLES = {
+    "none": "",
+    "relu": "Relu",
+    "gelu": "Gelu",
+    "gelu_tanh": "GeluTanh",
+    "silu": "Silu",
+    "relu6": "Relu6",
+    "hardswish": "HardSwish",
+}
 _WEIGHTS = {
     "rows": ("values", "columns", "pairs", "rows"),
     "panel": ("values", "columns", "ptr"),
     "gather": ("values", "columns", "ptr"),
     "mask": ("values", "masks", "ptr"),
+    "conv": ("values", "columns", "quads", "starts"),
 }
-_ATTRIBUTES = {"rows": ("outputs", "inputs", "chunk", "block")}
+_ATTRIBUTES = {
+    "rows": ("outputs", "inputs", "chunk", "block"),
+    "conv": ("outputs", "inputs", "chunk", "block", "vectors"),
+}
 _SIZES = ("outputs", "inputs")
 INDEXED = ("index", "shape")
-"""Inputs of the form for old opsets: int32, see `index_of`; int64, the shape `[I, O]`."""
+"""Inputs of the form for old opsets: int32, see `index_of`; int64, the shape that the weight has in ONNX."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +56,16 @@ class Variant:
     """An operation of the domain; equal ones share a function and an entry of the library.
 
     Attributes:
-        family: of kernels: `rows`, `panel`, `gather` or `mask`.
+        family: of kernels: `rows`, `panel`, `gather`, `mask` or `conv`.
         v: rows of a panel, entries of a group (gather), else 1.
         width: rows of a panel whose values lie together, else 1.
         activation: as in `sparsecomp.ir.ACTIVATIONS`.
         bias: whether a bias is added.
         residual: whether a residual is added last.
         indexed: whether the node brings the places of its values, for old opsets.
+        residual_first: whether the residual is added before the activation.
+        window: of a convolution.
+        rank: dimensions of its maps, 1 or 2.
     """
 
     family: str
@@ -59,14 +75,21 @@ class Variant:
     bias: bool
     residual: bool
     indexed: bool
+    residual_first: bool = False
+    window: Window | None = None
+    rank: int = 2
 
     @property
     def name(self) -> str:
         """Type of the operation: a name of its own for every variant, since overloads of functions are not safe."""
-        size = str(self.v) if self.v > 1 else ""
-        size += f"By{self.width}" if self.width > 1 and self.width != self.v else ""
-        parts = ("Linear", self.family.title(), size, "Indexed" if self.indexed else "", "Bias" if self.bias else "")
-        return "".join((*parts, _TITLES[self.activation], "Add" if self.residual else ""))
+        if self.window is None:
+            form = f"Linear{self.family.title()}{self.v if self.v > 1 else ''}"
+            form += f"By{self.width}" if self.width > 1 and self.width != self.v else ""
+        else:
+            form = f"Conv{self.rank}d{_window_title(self.window, self.rank)}"
+        after = [_TITLES[self.activation], "Add" if self.residual else ""]
+        parts = (form, "Indexed" if self.indexed else "", "Bias" if self.bias else "")
+        return "".join((*parts, *(reversed(after) if self.residual_first else after)))
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -90,11 +113,15 @@ def function(variant: Variant, opset: int) -> ir.Function:
     inputs = {name: ir.Value(name=name) for name in variant.inputs}
     body = _Body(inputs, opset)
     weight = body.scattered() if variant.indexed else _DECODERS[variant.family](body, variant)
-    y = body.op.MatMul(inputs["x"], weight)
-    if variant.bias:
-        y = body.op.Add(y, inputs["bias"])
+    if variant.window is not None:
+        y = _convolved(body, weight, variant.window, variant)
+    else:
+        y = body.op.MatMul(inputs["x"], weight)
+        y = body.op.Add(y, inputs["bias"]) if variant.bias else y
+    if variant.residual and variant.residual_first:
+        y = body.op.Add(y, inputs["residual"])
     y = body.activated(y, variant.activation)
-    if variant.residual:
+    if variant.residual and not variant.residual_first:
         y = body.op.Add(y, inputs["residual"])
     y.name = "y"
     for index, node in enumerate(body.op.nodes):
@@ -112,15 +139,17 @@ def index_of(
 
     Args:
         pack: gives the packed values of a weight `[O, I]` in the order of the node; it only looks at what is zero.
-        weight: `[O, I]`, not without zeros.
+        weight: `[O, I]`, or that of a convolution; not without zeros.
         opset: of the model.
 
     Returns:
-        From opset 11 on the place in the weight `[I, O]` of every packed value, of padding one that is zero. Below, for
-        every entry of the weight the number of its value counted from 1, or 0.
+        From opset 11 on the place in the weight of every packed value, of padding one that is zero. Below, for every
+        entry of the weight the number of its value counted from 1, or 0. Places are those of `MatMul`'s weight `[I, O]`
+        for a matrix, those of `weight` for a convolution.
     """
     kept = weight != 0
-    places = np.arange(weight.size, dtype=np.int64).reshape(weight.shape[::-1]).T
+    places = np.arange(weight.size, dtype=np.int64).reshape(weight.shape[::-1] if weight.ndim == 2 else weight.shape)
+    places = places.T if weight.ndim == 2 else places
     # Two halves that float32 holds exactly, each moved by one, so that zero stays the mark of padding.
     high, low = (
         pack(np.where(kept, half + 1, 0).astype(np.float32)).astype(np.int64).reshape(-1)
@@ -196,10 +225,12 @@ class _Body:
         marks = op.ScatterElements(marks, later, ones, axis=0, reduction="add")
         return op.CumSum(op.Slice(marks, self.constant([0], np.int64), op.Shape(like)), self.constant(0))
 
-    def placed(self, place: ir.Value, values: ir.Value, *, spare: bool = False) -> ir.Value:
-        """The weight `[I, O]` from values and their places; with `spare` one place more is for what does not count."""
+    def placed(
+        self, place: ir.Value, values: ir.Value, *, spare: bool = False, shape: tuple[str, str] = ("inputs", "outputs")
+    ) -> ir.Value:
+        """A matrix from values and their places; with `spare` one place more is for what does not count."""
         op = self.op
-        sizes = [op.Cast(self.attribute(name), to=ir.DataType.INT64) for name in ("inputs", "outputs")]
+        sizes = [op.Cast(self.attribute(name), to=ir.DataType.INT64) for name in shape]
         one = self.constant([1], np.int64)
         count = op.Reshape(op.Mul(*sizes), one)
         room = op.Add(count, one) if spare else count
@@ -225,6 +256,12 @@ class _Body:
 
         if activation == "relu":
             return op.Relu(x)
+        if activation == "relu6":
+            if self._opset < 11:
+                return op.Clip(x, min=0.0, max=6.0)
+            return op.Clip(x, number(0.0), number(6.0))
+        if activation == "hardswish":
+            return op.Mul(x, op.HardSigmoid(x, alpha=1 / 6, beta=0.5))
         if activation == "silu":
             return op.Mul(x, op.Sigmoid(x))
         if activation == "gelu":  # in the form that ONNX Runtime fuses
@@ -335,9 +372,70 @@ def _decode_mask(body: _Body, variant: Variant) -> ir.Value:
     return op.Transpose(by_row, perm=[1, 0])
 
 
+def _decode_conv(body: _Body, variant: Variant) -> ir.Value:
+    """See `sparsecomp.patterns.quads`: of every value its quad, from that its row and its column; zeros are padding."""
+    op, inputs, constant = body.op, body.inputs, body.constant
+    window = variant.window
+    assert window is not None
+    outputs, width, chunk, block, _ = (body.attribute(name) for name in variant.attributes)
+    one, two, four = constant(1), constant(2), constant(4)
+    value0, word0, shared = (op.Gather(inputs["quads"], constant(field), axis=1) for field in range(3))
+    quad = body.owners(value0, inputs["values"])
+
+    def of_quad(values: ir.Value) -> ir.Value:
+        return op.Gather(values, quad, axis=0)
+
+    place = op.Sub(body.range(body.int32(op.Size(inputs["values"]))), of_quad(value0))
+    member, step = op.Mod(place, four), op.Div(place, four)
+    shared4 = of_quad(op.Mul(shared, four))
+    in_shared = op.Add(op.Mul(step, two), op.Div(member, two))
+    at = op.Where(op.Less(place, op.Mul(shared4, two)), in_shared, op.Sub(place, shared4))
+    column = body.int32(op.Gather(inputs["columns"], op.Add(of_quad(op.Mul(word0, four)), at), axis=0))
+    field = op.Add(op.Add(op.Mul(quad, constant(8)), four), member)
+    row = op.Gather(body.flat(inputs["quads"]), field, axis=0)
+
+    # Quads stand group by group, in a group chunk by chunk, in a chunk block by block.
+    def ceil_div(a: ir.Value, b: ir.Value) -> ir.Value:
+        return op.Div(op.Sub(op.Add(a, b), one), b)
+
+    starts = op.Slice(inputs["starts"], *(constant([place], np.int64) for place in (0, -1)))
+    cell = body.owners(starts, value0)
+    blocks = ceil_div(width, block)
+    group_rows = op.Div(outputs, constant(window.groups))
+    at_chunk, at_block = op.Div(cell, blocks), op.Mod(cell, blocks)
+    chunks = ceil_div(group_rows, chunk)
+    first_row = op.Add(op.Mul(op.Div(at_chunk, chunks), group_rows), op.Mul(op.Mod(at_chunk, chunks), chunk))
+    row = op.Add(row, of_quad(first_row))
+    column = op.Add(column, of_quad(op.Mul(at_block, block)))
+    padding = op.Equal(inputs["values"], constant(0.0, np.float32))
+    place = op.Where(padding, op.Mul(outputs, width), op.Add(op.Mul(row, width), column))
+    dense = body.placed(place, inputs["values"], spare=True, shape=("outputs", "inputs"))
+    kernel = window.kernel[2 - variant.rank :]
+    return op.Reshape(dense, constant([0, -1, *kernel], np.int64))
+
+
+def _convolved(body: _Body, weight: ir.Value, window: Window, variant: Variant) -> ir.Value:
+    names = ("strides", window.stride), ("dilations", window.dilation), ("pads", window.padding)
+    given: dict[str, Any] = {name: list(pair[2 - variant.rank :]) for name, pair in names}
+    given["pads"] *= 2
+    bias = [body.inputs["bias"]] if variant.bias else []
+    return body.op.Conv(body.inputs["x"], weight, *bias, group=window.groups, **given)
+
+
+def _window_title(window: Window, rank: int) -> str:
+    first = 2 - rank
+    parts = ["x".join(map(str, window.kernel[first:]))]
+    pairs = (("S", window.stride, 1), ("P", window.padding, 0), ("D", window.dilation, 1))
+    for letter, pair, usual in pairs:
+        if any(size != usual for size in pair[first:]):
+            parts.append(letter + "x".join(map(str, pair[first:])))
+    return "".join((*parts, f"G{window.groups}" if window.groups > 1 else ""))
+
+
 _DECODERS: dict[str, Callable[[_Body, Variant], ir.Value]] = {
     "rows": _decode_rows,
     "panel": _decode_panel,
     "gather": _decode_gather,
     "mask": _decode_mask,
+    "conv": _decode_conv,
 }

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
-from sparsecomp.kernels import gathered, panel, rows
+from sparsecomp.kernels import conv, gathered, panel, rows
+from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns import PanelWeight
 from sparsecomp.patterns.gathered import GatherWeight, MaskWeight
+from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.patterns.rows import RowWeight
 from sparsecomp.runtime.launch import KernelSource
-from sparsecomp.runtime.ort_library import OrtTarget, PackedWeight
+from sparsecomp.runtime.ort_library import OrtKernel, OrtTarget, PackedWeight
 from sparsecomp.targets.base import Candidate, Target
-from sparsecomp.targets.x86 import schedules
+from sparsecomp.targets.x86 import conv_schedules, schedules
 from sparsecomp.targets.x86.cpu import LEVELS, Level, caches, facts, level
+from sparsecomp.window import Maps, Window
 
 _BUILTIN_NAMES = {"bmi1": "bmi"}  # Linux's name of a feature: the C compiler's
+_THREADS = (1, 2, 4, 8, 16)
 _UNTESTED = {"f16c", "movbe"}  # not known to `__builtin_cpu_supports`; every CPU with AVX2 has them
 
 
@@ -63,34 +68,94 @@ def pack(level: Level, candidate: Candidate, weight: Tensor) -> PackedWeight:
     raise ValueError(f"target x86:{level.name} has no kernel {candidate.kernel!r} for ONNX Runtime")
 
 
-def kernels(level: Level, family: str, v: int, epilogue: Epilogue) -> tuple[tuple[int, KernelSource], ...]:
-    """The kernels of an operation by the number that a call chooses by, ascending."""
+def pack_conv(level: Level, candidate: Candidate, weight: Tensor, window: Window) -> PackedWeight:
+    """Pack a weight `[O, I / groups, *kernel]` of a convolution for a candidate; see `sparsecomp.patterns.quads`."""
+    vectors = dict(candidate.params)["vectors"]
+    matrix = weight.detach().flatten(1)
+    shape = (int(matrix.shape[0]), int(matrix.shape[1]))
+    packed = QuadWeight.pack(matrix, **conv_schedules.packing(level, shape, window.groups, vectors, caches().l1))
+    sizes = {"outputs": shape[0], "inputs": shape[1], "chunk": packed.chunk, "block": packed.block, "vectors": vectors}
+    arrays = {
+        "values": packed.values,
+        "columns": packed.words.view(np.uint16),
+        "quads": packed.quads,
+        "starts": packed.starts,
+    }
+    return PackedWeight("conv", 1, sizes, arrays)
 
-    def source(number: int, schedule: Any, build: Callable[[Any, Epilogue], Any]) -> tuple[int, KernelSource]:
-        residual = "_residual" if epilogue.residual else ""
-        name = f"{family}{v}_{number}_{epilogue.activation}{residual}"
-        return number, KernelSource(
-            name, f"{schedule!r} {epilogue!r}", lambda: build(schedule, epilogue), level.tvm_target
-        )
+
+def kernels(level: Level, family: str, v: int, epilogue: Epilogue) -> tuple[OrtKernel, ...]:
+    """The kernels of an operation of linears, by ascending number."""
+
+    def kernel(number: int, schedule: Any, build: Callable[[Any, Epilogue], Any]) -> OrtKernel:
+        return OrtKernel(number, _source(level, f"{family}{v}_{number}", schedule, epilogue, build))
 
     if family == "rows":
         return tuple(
-            source(vectors, rows.RowSchedule(level.lanes, vectors), rows.build)
+            kernel(vectors, rows.RowSchedule(level.lanes, vectors), rows.build)
             for vectors in schedules.ROW_VECTORS
             if vectors <= level.vectors
         )
     if family == "panel":
         tiles = sorted({1, 2, 4, level.panel_tokens})
-        return tuple(source(tile, schedules.panel_schedule(level, v, tile), panel.build) for tile in tiles)
+        return tuple(kernel(tile, schedules.panel_schedule(level, v, tile), panel.build) for tile in tiles)
     if family == "gather":
-        return (source(0, schedules.gather_schedule(level), gathered.build_gather),)
-    return (source(0, gathered.MaskSchedule("expand" if level.spread == "expand" else "pshufb"), gathered.build_mask),)
+        return (kernel(0, schedules.gather_schedule(level), gathered.build_gather),)
+    spread: Literal["pshufb", "expand"] = "expand" if level.spread == "expand" else "pshufb"
+    return (kernel(0, gathered.MaskSchedule(spread), gathered.build_mask),)
+
+
+def conv_kernels(
+    level: Level, window: Window, epilogue: Epilogue, calls: Collection[tuple[Maps, int, int]]
+) -> tuple[tuple[OrtKernel, ...], KernelSource | None]:
+    """The kernels of an operation of convolutions, and the one that takes its maps apart, if it needs that.
+
+    There are many variants, so that those are built which calls choose, and one for every call that is not foreseen.
+
+    Args:
+        level: of the schedules.
+        window: of the convolution.
+        epilogue: what follows.
+        calls: for every site its maps, the rows of its weight and the most vectors that it was packed for.
+    """
+    wanted = {(vectors, False) for vectors in conv_schedules.widest(level)}
+    masked = False
+    for maps, outputs, vectors in calls:
+        geometry = Geometry.of(window, maps)
+        masked = masked or geometry.masked
+        shape = (outputs // window.groups, window.groups)
+        for threads in _THREADS:
+            cut = conv_schedules.call(level, geometry, maps.images, shape, vectors, threads, caches().l2)
+            wanted.add((cut.vectors, cut.whole))
+    spread = "shuffle" if level.lanes == 16 else "load"
+    found = []
+    for number, whole in sorted(wanted):
+        schedule = conv.ConvSchedule(level.lanes, number, masked, whole, spread)
+        name = f"conv_{number}{'_whole' * whole}{'_masked' * masked}"
+        found.append(OrtKernel(number, _source(level, name, schedule, epilogue, conv.build), whole))
+    # As `Geometry.of`: with a stride, or where the output is wider than the map.
+    opened = window.stride != (1, 1) or 2 * window.padding[1] > window.dilation[1] * (window.kernel[1] - 1)
+    step = window.stride[1] if window.stride[1] <= 2 else 0
+    opening = conv.OpenSchedule(level.lanes, step)
+    source = KernelSource(f"conv_open_{step}", repr(opening), lambda: conv.build_open(opening), level.tvm_target)
+    return tuple(found), source if opened else None
+
+
+def _source(
+    level: Level, name: str, schedule: Any, epilogue: Epilogue, build: Callable[[Any, Epilogue], Any]
+) -> KernelSource:
+    order = "_first" if epilogue.residual_first else ""
+    name = f"{name}_{epilogue.activation}{'_residual' * epilogue.residual}{order}"
+    return KernelSource(name, f"{schedule!r} {epilogue!r}", lambda: build(schedule, epilogue), level.tvm_target)
 
 
 def ort_target(level: Level) -> OrtTarget:
     """What a library for a level needs of the CPU, and the constants of its schedules."""
     needs = [need for need in facts()["levels"][level.name]["needs"] if need not in _UNTESTED]
     constants = {
+        "conv_step_cost": conv_schedules.STEP_COST,
+        "conv_runs_cost": conv_schedules.RUNS_COST,
+        "conv_sums_bytes": int(conv_schedules.L2_SHARE * caches().l2),
         "row_step_cost": schedules.ROW_STEP_COST,
         "panel_step_cost": schedules.PANEL_STEP_COST,
         "group_tokens": schedules.GROUP_TOKENS,

@@ -19,13 +19,29 @@ import numpy.typing as npt
 
 from sparsecomp.runtime.cache import cache_dir, key_of, link, object_file
 from sparsecomp.runtime.launch import KernelSource, key_of_kernel, write_kernel
+from sparsecomp.window import Window
 
 DOMAIN = "ai.sparsecomp"
 """Domain of the custom operations."""
 
-_SOURCES = ("library.c", "weights.c", "cut.c")
+_SOURCES = ("library.c", "weights.c", "tensor.c", "launch.c", "cut.c", "linear.c", "conv.c")
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=gnu11", "-Wall", "-fvisibility=hidden", "-pthread", "-Wl,-z,noexecstack", "-s")
+
+
+@dataclass(frozen=True)
+class OrtKernel:
+    """A kernel that a call may choose.
+
+    Attributes:
+        number: vectors of its tile (rows, convolutions), tokens of its register tile (panel), else 0.
+        source: of the kernel.
+        whole: of a convolution, whether a tile lies within one image.
+    """
+
+    number: int
+    source: KernelSource
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,13 +50,16 @@ class OrtOperation:
 
     Attributes:
         name: type of the operation, unique in its domain.
-        family: `rows`, `panel`, `gather` or `mask`.
+        family: `rows`, `panel`, `gather`, `mask` or `conv`.
         bias: whether a bias is an input.
         residual: whether a residual is an input.
         indexed: whether the places of the values are inputs too, which the library does not read.
         lanes: float32 in a vector.
         v: rows of a panel (panel), entries of a group (gather), else 1.
-        kernels: by the number that `cut.c` chooses by, ascending.
+        kernels: what a call may choose from, by ascending number.
+        window: of a convolution.
+        rank: dimensions of its maps, 1 or 2.
+        opening: the kernel that takes maps apart, where the window asks for that.
     """
 
     name: str
@@ -50,7 +69,15 @@ class OrtOperation:
     indexed: bool
     lanes: int
     v: int
-    kernels: tuple[tuple[int, KernelSource], ...]
+    kernels: tuple[OrtKernel, ...]
+    window: Window | None = None
+    rank: int = 2
+    opening: KernelSource | None = None
+
+    @property
+    def sources(self) -> list[KernelSource]:
+        """All kernels."""
+        return [*(kernel.source for kernel in self.kernels), *([self.opening] if self.opening else [])]
 
 
 @dataclass(frozen=True)
@@ -58,7 +85,7 @@ class PackedWeight:
     """A weight as the constants of a node.
 
     Attributes:
-        family: `rows`, `panel`, `gather` or `mask`.
+        family: `rows`, `panel`, `gather`, `mask` or `conv`.
         v: rows of a panel (panel), entries of a group (gather), else 1.
         attributes: sizes that the node carries.
         arrays: by name, in the order of its inputs; the values of a panel or of rows are flat.
@@ -99,7 +126,7 @@ def build(operations: Sequence[OrtOperation], target: OrtTarget, output: Path) -
         BuildError: a kernel or the library could not be built here.
         OSError: the file cannot be written.
     """
-    sources = {source.name: source for operation in operations for _, source in operation.kernels}
+    sources = {source.name: source for operation in operations for source in operation.sources}
     objects = [
         object_file(key_of("object", key_of_kernel(source)), functools.partial(write_kernel, source))
         for source in sources.values()
@@ -127,20 +154,30 @@ def _work_folder() -> Path | None:
 
 def _table(operations: Sequence[OrtOperation], target: OrtTarget) -> str:
     """`ops.h`: what the C sources are told of the model and the target."""
-    symbols = {source.name: None for operation in operations for _, source in operation.kernels}
+    symbols = {source.name: None for operation in operations for source in operation.sources}
     lines = [f'#define TARGET "{target.name}"', f'#define DOMAIN "{DOMAIN}"']
     lines += [f"#define {name.upper()} {value}" for name, value in target.constants.items()]
     checks = " ".join(f'if (!__builtin_cpu_supports("{need}")) missing = "{need}";' for need in target.needs)
     lines.append(f"#define CHECK_CPU(missing) do {{ {checks} }} while (0)")
     lines += [f"extern KernelFunction {symbol};" for symbol in symbols]
     for index, operation in enumerate(operations):
-        variants = ", ".join(f"{{{number}, {source.name}}}" for number, source in operation.kernels)
+        variants = ", ".join(f"{{{k.number}, {int(k.whole)}, {k.source.name}}}" for k in operation.kernels)
         lines.append(f"static const Variant VARIANTS{index}[] __attribute__((unused)) = {{{variants}}};")
     entries = []
     for index, o in enumerate(operations):
         flags = ", ".join(str(int(flag)) for flag in (o.bias, o.residual, o.indexed))
         entries.append(
-            f'{{"{o.name}", {o.family.upper()}, {flags}, {o.lanes}, {o.v}, VARIANTS{index}, {len(o.kernels)}}},'
+            f'{{"{o.name}", {o.family.upper()}, {flags}, {o.lanes}, {o.v}, VARIANTS{index}, {len(o.kernels)}, '
+            f"{_window(o)}, {o.opening.name if o.opening else 'NULL'}}},"
         )
     lines += ["static const Entry ENTRIES[] __attribute__((unused)) = {", *entries, "};"]
     return "\n".join(["/* Generated. */", *lines]) + "\n"
+
+
+def _window(operation: OrtOperation) -> str:
+    window = operation.window
+    if window is None:
+        return "{0}"
+    pairs = (window.kernel, window.stride, window.padding, window.dilation)
+    numbers = ", ".join(f"{{{first}, {second}}}" for first, second in pairs)
+    return f"{{{operation.rank}, {numbers}, {window.groups}}}"

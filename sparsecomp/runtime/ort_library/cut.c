@@ -8,9 +8,6 @@
 
 enum { STAGE = 16, PANEL_SCRATCH = 16 };
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t rows_scratch(const Kernel *k, int64_t tile) {
   return (k->inputs + (int64_t)k->chunk + 1) * tile + k->entry->lanes * ((int64_t)k->chunk + STAGE);
@@ -46,7 +43,7 @@ static Cut cut_rows(const Kernel *k, int64_t tokens, int64_t threads) {
     if (!chosen || work < least_work) chosen = v, least_work = work, splits = parts;
   }
   int64_t tile = (int64_t)chosen->number * k->entry->lanes;
-  return (Cut){chosen->function,
+  return (Cut){chosen->function, k->weights,
                {(int32_t)tokens, k->inputs, k->outputs, (int32_t)ceil_div(k->inputs, k->block),
                 (int32_t)(k->block * tile), k->chunk, (int32_t)splits},
                (int32_t)(ceil_div(tokens, tile) * splits),
@@ -66,18 +63,18 @@ static Cut cut_panel(const Kernel *k, int64_t tokens, int64_t threads) {
   int64_t group = ceil_div(tiles, groups) * chosen->number;
   groups = ceil_div(tokens, group);
   int64_t splits = groups >= threads ? 1 : least(threads, most(1, ceil_div(k->outputs, k->entry->v)));
-  return (Cut){chosen->function,
+  return (Cut){chosen->function, k->weights,
                {(int32_t)tokens, k->inputs, k->outputs, (int32_t)group, (int32_t)splits},
                (int32_t)(groups * splits),
                4 * PANEL_SCRATCH};
 }
 
-Cut cut_call(const Kernel *k, int64_t tokens, int32_t threads) {
+Cut cut_linear(const Kernel *k, int64_t tokens, int32_t threads) {
   switch (k->entry->family) {
     case ROWS: return cut_rows(k, tokens, threads);
     case PANEL: return cut_panel(k, tokens, threads);
     default: break;
   }
   /* One token or a few: an item is a row of the weight. */
-  return (Cut){k->entry->variants[0].function, {(int32_t)tokens, k->inputs, k->outputs}, k->outputs, 0};
+  return (Cut){k->entry->variants[0].function, k->weights, {(int32_t)tokens, k->inputs, k->outputs}, k->outputs, 0};
 }

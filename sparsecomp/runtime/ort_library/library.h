@@ -10,8 +10,9 @@
 #define WEIGHTS 4
 #define MAX_RANK 32
 #define LINE 64 /* bytes; generated kernels read weights and biases with aligned loads */
+#define MOST_VALUES ((int64_t)1 << 30) /* of a tensor in one call of a kernel, whose indices are 32-bit */
 
-enum Family { ROWS, PANEL, GATHER, MASK };
+enum Family { ROWS, PANEL, GATHER, MASK, CONV };
 
 /* As `sparsecomp.kernels.tir.SIGNATURE` says; serial, on the items begin to end. */
 typedef void KernelFunction(const float *x, const float *bias, const float *residual, float *y, float *scratch,
@@ -19,9 +20,17 @@ typedef void KernelFunction(const float *x, const float *bias, const float *resi
                             int32_t begin, int32_t end);
 
 typedef struct {
-  int32_t number; /* vectors of tokens (rows), tokens of the register tile (panel), 0 */
+  int32_t number; /* vectors of a tile (rows, convolutions), tokens of the register tile (panel), 0 */
+  int32_t whole;  /* of a convolution: whether a tile lies within one image */
   KernelFunction *function;
 } Variant;
+
+/* Of a convolution, two numbers each; one over [N, I, L] has maps of height 1. */
+typedef struct {
+  int32_t rank; /* of its maps: 1 or 2 */
+  int32_t kernel[2], stride[2], padding[2], dilation[2];
+  int32_t groups;
+} Window;
 
 /* An operation: one kernel family with one epilogue. */
 typedef struct {
@@ -33,6 +42,8 @@ typedef struct {
   int32_t v;     /* rows of a panel; entries of a group (gather) */
   const Variant *variants;
   int32_t count;
+  Window window;        /* of a convolution */
+  KernelFunction *open; /* takes its maps apart, where its stride asks for that */
 } Entry;
 
 /* A node: its sizes and its weight, checked. */
@@ -40,11 +51,12 @@ typedef struct {
   Api api;
   const Entry *entry;
   int32_t outputs, inputs;
-  int32_t chunk, block; /* rows alone */
-  int64_t kept;         /* multiply-adds for a token */
+  int32_t chunk, block; /* rows and convolutions */
+  int32_t vectors;      /* of a convolution: the most that its weight was packed for */
+  int64_t kept;         /* multiply-adds for a token or a position */
   const void *weights[WEIGHTS];
   int64_t lengths[WEIGHTS]; /* entries of each */
-  void *owned[WEIGHTS];     /* copies on a cache line, where ORT's own do not lie on one */
+  void *owned[WEIGHTS];     /* copies on a cache line, where ORT's own do not lie on one, and what is made of them */
   float *bias;              /* the constant bias, or zeros where there is none; NULL if it is given at each call */
   atomic_int threads;       /* most threads seen in a call, 0 before the first */
   atomic_uint calls;
@@ -53,10 +65,35 @@ typedef struct {
 /* How a call is cut. */
 typedef struct {
   KernelFunction *function;
-  int32_t dims[8];
+  const void *const *weights;
+  int32_t dims[24];
   int32_t items;
   int64_t scratch; /* bytes of a thread */
 } Cut;
+
+typedef struct {
+  const float *data;
+  int64_t dims[MAX_RANK];
+  size_t rank;
+  float *owned;
+} Tensor;
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* tensor.c */
+Status *fail(Api api, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void drop(Api api, Status *status);
+Status *shape_of(Api api, const void *value, int64_t *dims, size_t *rank, int *type);
+Status *data_of(Api api, const void *value, void *pointer);
+int64_t product(const int64_t *dims, size_t rank);
+float *expanded(const float *source, const int64_t *shape, size_t rank, const int64_t *dims, size_t full);
+void *copied(const void *source, size_t bytes);
+Status *read_input(Kernel *k, void *context, size_t place, Tensor *t);
+Status *read_bias(Kernel *k, void *context, Tensor *bias);
+Status *make_output(Kernel *k, void *context, const int64_t *dims, size_t rank, float **y);
+Status *wrong_shape(Kernel *k, const char *what);
 
 /* weights.c: NULL if every index of the packed weight is in range, else what is wrong. */
 const char *check_weight(Kernel *kernel);
@@ -64,8 +101,23 @@ int weight_count(enum Family family);
 int weight_type(enum Family family, int index);
 const void *mask_controls(void);
 
+/* launch.c */
+typedef struct Block Block;
+Block *take_block(size_t bytes);
+void give_block(Block *block);
+float *memory_of(const Block *block);
+void count_kernels(int change);
+int32_t threads_for(Kernel *k, int64_t columns);
+Status *launch(Kernel *k, void *context, const Cut *cut, int32_t threads, const float *x, const float *bias,
+               const float *residual, float *y);
+
 /* cut.c */
-Cut cut_call(const Kernel *kernel, int64_t tokens, int32_t threads);
+Cut cut_linear(const Kernel *kernel, int64_t tokens, int32_t threads);
 int64_t scratch_limit(const Kernel *kernel);
+
+/* linear.c, conv.c */
+Status *compute_linear(Kernel *k, void *context, Tensor *x, Tensor *bias, Tensor *residual);
+Status *compute_conv(Kernel *k, void *context, Tensor *x, Tensor *bias, Tensor *residual);
+const char *make_table(Kernel *k);
 
 #endif

@@ -11,8 +11,9 @@ static const int TYPES[][WEIGHTS] = {
     [PANEL] = {TYPE_FLOAT, TYPE_INT32, TYPE_INT32, 0},          /* values, columns, ptr */
     [GATHER] = {TYPE_FLOAT, TYPE_UINT16, TYPE_INT32, 0},        /* values, columns, ptr */
     [MASK] = {TYPE_FLOAT, TYPE_UINT16, TYPE_INT32, 0},          /* values, masks, ptr */
+    [CONV] = {TYPE_FLOAT, TYPE_UINT16, TYPE_INT32, TYPE_INT32}, /* values, columns, quads, starts */
 };
-enum { PAIR_FIELDS = 5, MASK_BITS = 16 };
+enum { PAIR_FIELDS = 5, MASK_BITS = 16, QUAD = 4, QUAD_FIELDS = 8 };
 
 int weight_type(enum Family family, int index) { return TYPES[family][index]; }
 
@@ -22,8 +23,6 @@ int weight_count(enum Family family) {
   return count;
 }
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static const char *check_rows(Kernel *k) {
   const uint16_t *columns = k->weights[1];
@@ -109,12 +108,51 @@ static const char *check_mask(Kernel *k) {
   return NULL;
 }
 
+/* One block of one chunk: its quads begin to end. */
+static const char *check_quads(Kernel *k, int64_t begin, int64_t end, int64_t members, int64_t width) {
+  const uint16_t *columns = k->weights[1];
+  for (int64_t q = begin; q < end; q++) {
+    const int32_t *quad = (const int32_t *)k->weights[2] + q * QUAD_FIELDS;
+    for (int f = 0; f < QUAD_FIELDS; f++)
+      if (quad[f] < 0) return "a quad has a negative field";
+    int64_t words = (int64_t)quad[2] + quad[3], values = 2 * QUAD * (int64_t)quad[2] + QUAD * (int64_t)quad[3];
+    if (quad[0] + values > k->lengths[0]) return "a quad reads behind the values";
+    if (QUAD * (quad[1] + words) > k->lengths[1]) return "a quad reads behind the columns";
+    for (int64_t c = QUAD * (int64_t)quad[1]; c < QUAD * (quad[1] + words); c++)
+      if (columns[c] >= width) return "a column lies outside of its block";
+    for (int m = 0; m < QUAD; m++) {
+      int32_t row = quad[QUAD_FIELDS - QUAD + m];
+      if (row >= members && row != k->chunk) return "a row lies outside of its chunk";
+    }
+    k->kept += values;
+    if (k->kept > k->lengths[0]) return "quads share their values";
+  }
+  return NULL;
+}
+
+static const char *check_conv(Kernel *k) {
+  const Window *w = &k->entry->window;
+  if (k->chunk < QUAD || k->chunk % QUAD) return "attribute chunk must be a multiple of 4";
+  if (k->outputs % w->groups || k->inputs % (w->kernel[0] * w->kernel[1])) return "the sizes do not fit the window";
+  if (k->lengths[2] % QUAD_FIELDS || k->lengths[1] % QUAD) return "the quads must be rows of 8, and the columns of 4";
+  int64_t rows = k->outputs / w->groups, chunks = ceil_div(rows, k->chunk), blocks = ceil_div(k->inputs, k->block);
+  const int32_t *starts = k->weights[3];
+  const char *wrong = check_ptr(starts, k->lengths[3], w->groups * chunks * blocks, k->lengths[2] / QUAD_FIELDS);
+  for (int64_t cell = 0; !wrong && cell < w->groups * chunks * blocks; cell++) {
+    int64_t members = least(k->chunk, rows - cell / blocks % chunks * k->chunk);
+    int64_t width = least(k->block, k->inputs - cell % blocks * k->block);
+    wrong = check_quads(k, starts[cell], starts[cell + 1], members, width);
+  }
+  return wrong ? wrong : make_table(k);
+}
+
 const char *check_weight(Kernel *k) {
   switch (k->entry->family) {
     case ROWS: return check_rows(k);
     case PANEL: return check_panel(k);
     case GATHER: return check_gather(k);
     case MASK: return check_mask(k);
+    case CONV: return check_conv(k);
   }
   return "unknown family";
 }
