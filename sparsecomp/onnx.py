@@ -19,7 +19,7 @@ import torch
 from sparsecomp.analysis import SiteChooser
 from sparsecomp.frontends.onnx import Overlay, build
 from sparsecomp.frontends.onnx_apply import Replacement, apply
-from sparsecomp.frontends.onnx_fallback import Variant
+from sparsecomp.frontends.onnx_fallback import OLDEST_OPSET, Variant
 from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_norm import fold_norm, folds
 from sparsecomp.frontends.onnx_shapes import infer
@@ -36,6 +36,7 @@ from sparsecomp.window import Maps, Window
 
 if TYPE_CHECKING:
     from sparsecomp.targets.x86.cpu import Level
+    from sparsecomp.targets.x86.ort import LibraryTarget
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"
 """What a model may be given as."""
@@ -72,9 +73,9 @@ def inspect(
         ValueError: the model is not valid, or an option is bad.
         FileNotFoundError: there is no such file.
     """
-    parsed = Options.parse(options)
-    target = parsed.resolve_target()
-    return _report(_plan(load(model), parsed, target, shapes), target)
+    parsed, target = _options(options)
+    loaded = load(model)
+    return _report(loaded, _plan(loaded, parsed, target, shapes), target)
 
 
 def optimize(
@@ -102,12 +103,11 @@ def optimize(
     """
     from sparsecomp.targets.x86 import ort
 
-    parsed = Options.parse(options)
-    target = parsed.resolve_target()
-    level = ort.level_of(target)
+    parsed, target = _options(options)
+    level = target.level
     loaded = load(model)
     planned = _plan(loaded, parsed, target, shapes)
-    report = _report(planned, target)
+    report = _report(loaded, planned, target)
     chosen = [item for item in planned if not item.choice.chosen.is_dense]
     variants = apply(loaded, [_replacement(item, level) for item in chosen])
     loaded.metadata_props[PLAN_KEY] = report.plan.to_json()
@@ -129,14 +129,21 @@ def library_of(output: str | os.PathLike[str]) -> Path:
     return Path(output).with_suffix(".so")
 
 
+def _options(options: Options | Mapping[str, Any] | None) -> tuple[Options, LibraryTarget]:
+    from sparsecomp.targets.x86.ort import LibraryTarget
+
+    parsed = Options.parse(options)
+    return parsed, LibraryTarget(parsed.resolve_target())
+
+
 def _replacement(item: _Planned, level: Level) -> Replacement:
     from sparsecomp.targets.x86 import ort
 
     site, candidate = item.site, item.choice.chosen
     if isinstance(site, LinearSite):
         matrix = site.weight.t() if site.transposed else site.weight
-        key = (site.weight_op, site.transposed, candidate)
-        return Replacement(item.overlay, site, matrix, key, lambda weight: ort.pack(level, candidate, weight))
+        shared = (site.weight_op, site.transposed, candidate)
+        return Replacement(item.overlay, site, matrix, shared, lambda weight: ort.pack(level, candidate, weight))
     window = site.window
     assert window is not None
     weight, bias = fold_norm(item.overlay, site)
@@ -189,6 +196,8 @@ def _plan(
 ) -> list[_Planned]:
     """Find the sites of all graphs of a model and choose what each becomes."""
     planned: list[_Planned] = []
+    if model.opset_imports.get("", OLDEST_OPSET) < OLDEST_OPSET:
+        return planned
     taken: dict[str, int] = {}
     for overlay in build(model, infer(model, shapes)):
         run_passes(overlay.graph, [DetectLinear(), DetectConv(), FuseEpilogue()])
@@ -219,7 +228,11 @@ def _why_dense(overlay: Overlay, site: Site, options: Options) -> str | None:
     return None if rule is None else f"excluded by {rule!r}"
 
 
-def _report(planned: list[_Planned], target: Target) -> Report:
+def _report(model: ir.Model, planned: list[_Planned], target: Target) -> Report:
     plan = Plan(target.name, threads=torch.get_num_threads())
     plan.add(item.choice for item in planned)
-    return Report(plan, target.description)
+    opset = model.opset_imports.get("", OLDEST_OPSET)
+    notes = []
+    if opset < OLDEST_OPSET:
+        notes.append(f"the model uses opset {opset}; from {OLDEST_OPSET} on sites are looked for: export it anew")
+    return Report(plan, target.description, notes)

@@ -284,7 +284,7 @@ class _Builder:
         return _Call("conv", tuple(inputs), attrs)
 
     def read_batch_norm(self, node: ir.Node) -> _Call | None:
-        if len(node.outputs) != 1 or node.attributes.get_int("training_mode", 0) or len(node.inputs) < 5:
+        if len(node.outputs) != 1 or (node.attributes.get_int("training_mode") or 0) != 0 or len(node.inputs) < 5:
             return None
         x, scale, bias, mean, variance = (None if value is None else self._operand(value) for value in node.inputs[:5])
         if x is None or scale is None or bias is None or mean is None or variance is None:

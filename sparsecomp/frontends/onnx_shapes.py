@@ -147,7 +147,11 @@ class _Namer:
 
 
 def _true_inputs(model: ir.Model) -> list[ir.Value]:
-    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    return [
+        value
+        for value in model.graph.inputs
+        if value.name not in model.graph.initializers and isinstance(value.type, ir.TensorType)
+    ]
 
 
 def _assignments(model: ir.Model, given: Mapping[str, Sequence[int]]) -> list[dict[str, tuple[int, ...]]]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from sparsecomp.kernels import conv, gathered, panel, rows
@@ -17,26 +19,55 @@ from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.patterns.rows import RowWeight
 from sparsecomp.runtime.launch import KernelSource
 from sparsecomp.runtime.ort_library import OrtKernel, OrtTarget, PackedWeight
-from sparsecomp.targets.base import Candidate, Target
+from sparsecomp.targets.base import Candidate, Kernel, Problem, Target, WeightFacts
 from sparsecomp.targets.x86 import conv_schedules, schedules
 from sparsecomp.targets.x86.cpu import LEVELS, Level, caches, facts, level
 from sparsecomp.window import Maps, Window
 
+_KERNELS = frozenset({"dense", "rows", "panel", "gather", "mask", "conv"})
 _BUILTIN_NAMES = {"bmi1": "bmi"}  # Linux's name of a feature: the C compiler's
 _THREADS = (1, 2, 4, 8, 16)
 _UNTESTED = {"f16c", "movbe"}  # not known to `__builtin_cpu_supports`; every CPU with AVX2 has them
 
 
-def level_of(target: Target) -> Level:
-    """The instruction set level of a target.
+class LibraryTarget(Target):
+    """A target with those of its kernels that a library for ONNX Runtime has.
+
+    Attributes:
+        level: instruction set level.
 
     Raises:
         ValueError: there is no library for such a target.
     """
-    family, _, name = target.name.partition(":")
-    if family != "x86" or name not in LEVELS:
-        raise ValueError(f"there is no ONNX Runtime library for target {target.name!r}; give 'x86'")
-    return level(name)
+
+    def __init__(self, target: Target) -> None:
+        family, _, name = target.name.partition(":")
+        if family != "x86" or name not in LEVELS:
+            raise ValueError(f"there is no ONNX Runtime library for target {target.name!r}; give 'x86'")
+        self.name, self.description, self.level = target.name, target.description, level(name)
+        self._target = target
+
+    def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
+        """See `Target.candidates`."""
+        return [found for found in self._target.candidates(facts, allowed) if found.kernel in _KERNELS]
+
+    def conv_candidates(
+        self, facts: WeightFacts, window: Window, allowed: Collection[str] | None = None
+    ) -> list[Candidate]:
+        """See `Target.conv_candidates`."""
+        return [found for found in self._target.conv_candidates(facts, window, allowed) if found.kernel in _KERNELS]
+
+    def predict(self, candidate: Candidate, problem: Problem) -> float:
+        """See `Target.predict`."""
+        return self._target.predict(candidate, problem)
+
+    def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
+        """See `Target.prepare`."""
+        return self._target.prepare(candidate, weight)
+
+    def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
+        """See `Target.packed_bytes`."""
+        return self._target.packed_bytes(candidate, facts, dtype)
 
 
 def pack(level: Level, candidate: Candidate, weight: Tensor) -> PackedWeight:
@@ -75,7 +106,7 @@ def pack_conv(level: Level, candidate: Candidate, weight: Tensor, window: Window
     shape = (int(matrix.shape[0]), int(matrix.shape[1]))
     packed = QuadWeight.pack(matrix, **conv_schedules.packing(level, shape, window.groups, vectors, caches().l1))
     sizes = {"outputs": shape[0], "inputs": shape[1], "chunk": packed.chunk, "block": packed.block, "vectors": vectors}
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "values": packed.values,
         "columns": packed.words.view(np.uint16),
         "quads": packed.quads,
