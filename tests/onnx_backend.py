@@ -31,10 +31,10 @@ def stored_cases(kind: str) -> Iterator[Case]:
     for folder in sorted((FOLDER / kind).iterdir()):
         if (folder / "model.onnx").exists():
             model = onnx.load(folder / "model.onnx")
-            data = []
-            for sets in sorted(folder.glob("test_data_set_*")):
-                data.append((_values(sets, "input", model.graph.input), _values(sets, "output", model.graph.output)))
-            yield Case(folder.name, model, data)
+            sets = sorted(folder.glob("test_data_set_*"))
+            inputs = [_values(path, "input", model.graph.input) for path in sets]
+            outputs = [_values(path, "output", model.graph.output) for path in sets]
+            yield Case(folder.name, model, list(zip(inputs, outputs, strict=True)))
 
 
 def light_cases() -> Iterator[Case]:

@@ -7,7 +7,8 @@ input. Some operations stand for no value of the model: a bias that is written a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from sparsecomp.frontends.onnx_constants import DTYPES, Constants, as_torch
 from sparsecomp.frontends.onnx_groups import Group, constant_number, find_groups
 from sparsecomp.frontends.onnx_shapes import Shapes, ValueShape, all_graphs, subgraphs
-from sparsecomp.ir import Operation, SparseGraph
+from sparsecomp.ir import ACTIVATIONS, Operation, SparseGraph
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,16 @@ def build(model: ir.Model, shapes: Shapes) -> list[Overlay]:
     """
     constants = Constants(model)
     overlays = []
+    around: dict[ir.Graph, ChainMap[str, ValueShape]] = {model.graph: ChainMap()}
     for index, graph in enumerate(all_graphs(model.graph)):
-        known = shapes.graphs[index] if index < len(shapes.graphs) else {}
+        known = around[graph].new_child(shapes.graphs[index] if index < len(shapes.graphs) else {})
+        around.update((inner, known) for node in graph for inner in subgraphs(node))
         overlays.append(_Builder(graph, known, constants, model.opset_imports.get("", 1)).build())
     return overlays
 
 
 class _Builder:
-    def __init__(self, graph: ir.Graph, shapes: dict[str, ValueShape], constants: Constants, opset: int) -> None:
+    def __init__(self, graph: ir.Graph, shapes: Mapping[str, ValueShape], constants: Constants, opset: int) -> None:
         self._overlay = Overlay(graph)
         self._shapes, self._constants, self._opset = shapes, constants, opset
         self._names: dict[ir.Value, str] = {}
@@ -86,7 +89,8 @@ class _Builder:
         for index, value in enumerate(graph.inputs):
             self._add_input(value, index)
         for node in graph:
-            if node in self._inner:
+            # What is folded is added when something reads it.
+            if node in self._inner or (node.outputs and all(map(self._constants.is_constant, node.outputs))):
                 continue
             implicit = [value for sub in subgraphs(node) for value in _outer_values(sub)]
             operands = [value for value in (*node.inputs, *implicit) if value is not None]
@@ -174,9 +178,29 @@ class _Builder:
             if call is not None and place == 0:
                 inputs = (*call.inputs, *(name for name in names if name not in call.inputs and name not in call.hides))
                 name = self._value(value, call.kind, inputs=inputs, attrs=call.attrs, module=_module(node))
+                self._complete(self._overlay.graph.operation(name))
             else:
                 name = self._value(value, "opaque", inputs=names, module=_module(node))
             self._overlay.nodes[name] = (node,) if group is None else group.nodes
+
+    def _complete(self, operation: Operation) -> None:
+        """Give dimensions that no inference knows, as in the body of a loop, those of the operand behind them."""
+        operands = [self._overlay.graph.operation(name) for name in operation.inputs]
+        sizes = list(operation.sizes or ())
+        if operation.kind == "matmul" and len(operands[1].shape) == 2:
+            source, count = operands[0], len(sizes) - 1
+        elif operation.kind in _UNARY or (operation.kind == "add" and operands[1].shape == operation.shape[-1:]):
+            source, count = operands[0], len(sizes)
+        else:
+            return
+        if len(source.shape) == len(sizes):
+            for place in range(count):
+                if str(sizes[place]).startswith("?"):
+                    sizes[place] = (source.sizes or ())[place]
+            operation.sizes = tuple(sizes)
+            operation.shape = tuple(
+                size if isinstance(size, int) else hint for size, hint in zip(sizes, operation.shape, strict=True)
+            )
 
     def operation(self, value: ir.Value) -> Operation:
         """The operation of a value."""
@@ -378,6 +402,8 @@ def _module(node: ir.Node) -> str:
     owner, _, leaf = (node.name or "").strip("/").rpartition("/")
     return owner.replace("/", ".") if leaf.startswith(node.op_type) else ""
 
+
+_UNARY = frozenset({"identity", *ACTIVATIONS})
 
 _READERS: dict[tuple[str, str], Callable[[_Builder, ir.Node], _Call | None]] = {
     ("", "MatMul"): _Builder.read_matmul,

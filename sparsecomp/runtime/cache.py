@@ -75,18 +75,19 @@ def load_or_build(key: str, write_input: Callable[[Path], Path], flags: Sequence
         return _loaded[key]
 
 
-def object_file(key: str, write_object: Callable[[Path], Path]) -> Path:
-    """The object file of a key, from the cache or made now: for a library that is linked of several.
+def built_file(key: str, suffix: str, make: Callable[[Path], Path]) -> Path:
+    """The file of a key, from the cache or made now, for what is not loaded here: objects and libraries for others.
 
     Args:
         key: from `key_of`.
-        write_object: writes the object into the folder it is given and returns its path.
+        suffix: of the file, with its dot.
+        make: makes the file in the folder it is given and returns its path.
 
     Raises:
         BuildError: it could not be written.
     """
     with _lock:
-        return _find_or_make(f"{key}.o", write_object)
+        return _find_or_make(f"{key}{suffix}", make)
 
 
 def _find_or_make(name: str, make: Callable[[Path], Path]) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from sparsecomp.runtime.cache import cache_dir, key_of, link, object_file
+from sparsecomp.runtime.cache import built_file, key_of, link
 from sparsecomp.runtime.launch import KernelSource, key_of_kernel, write_kernel
 from sparsecomp.window import Window
 
@@ -126,30 +125,29 @@ def build(operations: Sequence[OrtOperation], target: OrtTarget, output: Path) -
         BuildError: a kernel or the library could not be built here.
         OSError: the file cannot be written.
     """
+    table = _table(operations, target)
     sources = {source.name: source for operation in operations for source in operation.sources}
-    objects = [
-        object_file(key_of("object", key_of_kernel(source)), functools.partial(write_kernel, source))
-        for source in sources.values()
-    ]
-    with tempfile.TemporaryDirectory(dir=_work_folder()) as name:
-        folder = Path(name)
+    keys = {name: key_of("object", key_of_kernel(source)) for name, source in sources.items()}
+    texts = [path.read_text() for path in sorted((*_HERE.glob("*.c"), *_HERE.glob("*.h")))]
+
+    def link_all(folder: Path) -> Path:
         for path in (*_HERE.glob("*.c"), *_HERE.glob("*.h")):
             shutil.copy(path, folder)
-        (folder / "ops.h").write_text(_table(operations, target))
-        made = link([*(folder / source for source in _SOURCES), *objects], folder / "linked.so", _FLAGS)
-        made.chmod(0o644)
-        temporary = output.with_name(f".{output.name}.{os.getpid()}")
-        try:
-            shutil.copy2(made, temporary)
-            os.replace(temporary, output)
-        finally:
-            temporary.unlink(missing_ok=True)
+        (folder / "ops.h").write_text(table)
+        return link([*(folder / source for source in _SOURCES), *objects], folder / "linked.so", _FLAGS)
 
-
-def _work_folder() -> Path | None:
-    """The cache, where it is there: temporary folders may be mounted noexec or small."""
-    folder = cache_dir()
-    return folder if folder.is_dir() and os.access(folder, os.W_OK) else None
+    # One after the other: the cache is locked while it makes a file.
+    objects = [
+        built_file(keys[name], ".o", functools.partial(write_kernel, source)) for name, source in sources.items()
+    ]
+    library = built_file(key_of("library", table, *keys.values(), *texts, *_FLAGS), ".so", link_all)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(library, temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _table(operations: Sequence[OrtOperation], target: OrtTarget) -> str:
