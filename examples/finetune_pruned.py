@@ -14,7 +14,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from minilm_demo import SENTENCES, load
+from minilm_demo import load
 from torch import Tensor, nn
 
 import sparsecomp
@@ -28,9 +28,8 @@ def embed(model: nn.Module, batch: Any) -> Tensor:
 
 
 @torch.no_grad()
-def quality(model: nn.Module, dense: nn.Module, tokenizer: Any) -> float:
-    """Mean cosine between the embeddings of both models, on sentences that are not trained on."""
-    batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
+def quality(model: nn.Module, dense: nn.Module, batch: Any) -> float:
+    """Mean cosine between the embeddings of both models."""
     return float(torch.cosine_similarity(embed(model, batch), embed(dense, batch)).mean())
 
 
@@ -49,18 +48,21 @@ def main() -> None:
     dense, tokenizer = load()
     model = copy.deepcopy(dense)
     sparsecomp.sparsify_(model, given.pattern, filter_fn=lambda _, name: name.startswith("encoder."))
-    print(f"{given.pattern}, by magnitude: {zeros(model):.1%} zeros, cosine {quality(model, dense, tokenizer):.3f}")
+    texts = [part.strip() for text in topics.values() for part in text.split("\n\n") if 80 < len(part) < 400]
 
-    sentences = [part.strip() for text in topics.values() for part in text.split("\n\n") if 80 < len(part) < 400]
+    def tokens(chosen: list[str]) -> Any:
+        return tokenizer(chosen, padding=True, truncation=True, max_length=64, return_tensors="pt")
+
+    held_out = tokens(texts[:64])
+    print(f"{given.pattern}, by magnitude: {zeros(model):.1%} zeros, cosine {quality(model, dense, held_out):.3f}")
+
     random = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, given.steps)
     sparsecomp.freeze_masks(model)
     for step in range(given.steps):
-        chosen = torch.randint(len(sentences), (16,), generator=random).tolist()
-        batch = tokenizer(
-            [sentences[i] for i in chosen], padding=True, truncation=True, max_length=64, return_tensors="pt"
-        )
+        chosen = torch.randint(64, len(texts), (16,), generator=random).tolist()
+        batch = tokens([texts[i] for i in chosen])
         with torch.no_grad():
             target = embed(dense, batch)
         loss = 1 - torch.cosine_similarity(embed(model, batch), target).mean()
@@ -70,7 +72,7 @@ def main() -> None:
         schedule.step()
         if (step + 1) % 20 == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}")
-    print(f"fine-tuned: {zeros(model):.1%} zeros, cosine {quality(model, dense, tokenizer):.3f}")
+    print(f"fine-tuned: {zeros(model):.1%} zeros, cosine {quality(model, dense, held_out):.3f}")
 
 
 if __name__ == "__main__":
