@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -66,7 +67,27 @@ def _site(graph: SparseGraph, operation: Operation) -> ConvSite:
     if site.declined is None:
         site.maps = Maps(x.shape[0], x.shape[2] if len(x.shape) == 4 else 1, x.shape[-1])
         site.declined = _read_window(site, operation) or _attach_bias(graph, site, operation)
+        _absorb_padding(graph, site)
     return site
+
+
+def _absorb_padding(graph: SparseGraph, site: ConvSite) -> None:
+    """Take in a padding with zeros that only the convolution reads, as of layers that pad one side more."""
+    pad = graph.operation(site.x)
+    amounts = pad.attrs.get("amounts", ())
+    if pad.kind != "pad" or site.window is None or len(graph.users(pad.name)) != 1:
+        return
+    # From the last dimension backwards, two numbers each.
+    dims = site.weight.ndim - 2
+    left, right, top, bottom = (*amounts, 0, 0, 0, 0)[:4]
+    if min(amounts) < 0 or any(amounts[2 * dims :]) or (dims == 1 and (top or bottom)) or right < left or bottom < top:
+        return
+    source, window = graph.operation(pad.inputs[0]), site.window
+    padding = (window.padding[0] + top, window.padding[1] + left)
+    extra = (bottom - top, right - left)
+    site.window = replace(window, padding=padding, extra=extra)
+    site.maps = Maps(site.maps.images, site.maps.height - top - bottom, site.maps.width - left - right)
+    site.x, site.operations = source.name, (pad.name, *site.operations)
 
 
 def _kind_reason(operation: Operation) -> str | None:
@@ -119,8 +140,6 @@ def _read_window(site: ConvSite, operation: Operation) -> str | None:
     padding = _pair(padding, dims)
     if stride is None or padding is None or dilation is None or not isinstance(groups, int):
         return "its stride, padding, dilation or groups are not constant"
-    if groups > 1 and site.weight.shape[1] == 1:
-        return "it is a depthwise convolution: each output has so few products that dense is as fast"
     # A one-dimensional convolution is one over maps of height 1.
     flat = dims == 1
     site.window = Window(

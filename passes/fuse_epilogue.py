@@ -8,6 +8,7 @@ from __future__ import annotations
 from sparsecomp.ir import ACTIVATIONS, ConvSite, IRError, LinearSite, Norm, Operation, Site, SparseGraph
 from sparsecomp.passes.base import Pass, PassResult
 
+PRODUCTS = ("linear", "addmm", "matmul", "conv")
 _EPILOGUE = frozenset({"add", "batch_norm", "identity", *ACTIVATIONS})
 
 
@@ -26,7 +27,7 @@ class FuseEpilogue(Pass):
     def preconditions(self, graph: SparseGraph) -> None:
         """Sites are found and not yet extended."""
         for site in graph.sites:
-            if site.declined is None and len(site.operations) != 1:
+            if site.declined is None and graph.operation(site.anchor).kind not in PRODUCTS:
                 raise IRError(
                     f"site {site.name} already has an epilogue; run this pass once, after the sites are found"
                 )

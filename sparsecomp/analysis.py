@@ -21,7 +21,7 @@ from sparsecomp.planner import SiteChoice, choose, decline, measure
 from sparsecomp.planner.choose import offered_candidates
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.failures import failures_of
-from sparsecomp.targets.base import DENSE, Candidate, Problem, Target, WeightFacts
+from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, Problem, Target, WeightFacts
 from sparsecomp.window import Maps
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
@@ -187,7 +187,19 @@ def analyse(
     with _disable_current_modes(), torch.no_grad():
         for site in graph.sites:
             analysis.sites.append(_plan_site(site, options, target, autocast, tuner))
+    _leave_lone_depthwise(analysis)
     return analysis
+
+
+def _leave_lone_depthwise(analysis: Analysis) -> None:
+    """Leave depthwise convolutions to Inductor where no sparse convolution asks for their layout."""
+    chosen = [planned.choice.chosen for planned in analysis.sites if isinstance(planned.site, ConvSite)]
+    if any(not candidate.is_dense and candidate != DEPTHWISE for candidate in chosen):
+        return
+    for planned in analysis.sites:
+        if planned.choice.chosen == DEPTHWISE:
+            reason = "dense: it is a depthwise convolution, and no convolution of the graph runs a sparse kernel"
+            planned.choice, planned.chooser = replace(planned.choice, chosen=DENSE, reason=reason), None
 
 
 def _plan_site(site: Site, options: Options, target: Target, autocast: str | None, tuner: _Tuner | None) -> PlannedSite:
@@ -282,8 +294,6 @@ class _Tuner:
 
     def measure(self, site: Site, facts: WeightFacts) -> dict[Candidate, float] | None:
         """Microseconds by candidate, None if there is nothing to choose from."""
-        if facts.nonzeros == facts.out_features * facts.in_features:
-            return None
         problem = SiteChooser(site, self._target, self._options).problem(facts)
         offered = offered_candidates(facts, problem, self._target, self._options.patterns)
         costs = {candidate: self._target.predict(candidate, problem) for candidate in offered}

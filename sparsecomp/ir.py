@@ -34,18 +34,19 @@ class Operation:
 
     Attributes:
         name: Unique in the graph; the name of the node in the graph of the front end.
-        kind: Canonical kind: input, constant, linear, addmm, matmul, conv, batch_norm (in evaluation mode), transpose,
-            add, mul, relu, relu6, hardswish, gelu, gelu_tanh, silu, sigmoid, tanh, identity, reshape, layer_norm,
-            softmax, attention, embedding, composite (an operation of PyTorch with linears inside), transform (part of
-            torch.func), output, or opaque.
+        kind: Canonical kind: input, constant, linear, addmm, matmul, conv, batch_norm (in evaluation mode), pad (with
+            zeros), transpose, add, mul, relu, relu6, hardswish, gelu, gelu_tanh, silu, sigmoid, tanh, identity,
+            reshape, layer_norm, softmax, attention, embedding, composite (an operation of PyTorch with linears inside),
+            transform (part of torch.func), output, or opaque.
         inputs: Names of the values read, the canonical operands first and in canonical order (linear, conv: x, weight,
             bias; addmm: bias, x, weight; batch_norm: x, mean, variance, weight, bias; matmul, add, mul: left, right),
             then any other.
         attrs: What else defines the operation. constant: `value` (tensor), `index` (graph input or -1), `path`
             (qualified name or ""). input: `index`, `why` (why it is not constant). transpose: `permutation`. add, mul
-            with one input: `scalar`. conv: `function`, `stride`, `padding`, `dilation`, `groups`. batch_norm: `eps`,
-            `affine` (whether it has a weight, a bias). composite: `expanded`, `weights` (names of the inputs that
-            hold them), `function`. Any: `composite`, the operation that it was expanded from.
+            with one input: `scalar`. conv: `function`, `stride`, `padding`, `dilation`, `groups`. pad: `amounts` as
+            `F.pad` takes them. batch_norm: `eps`, `affine` (whether it has a weight, a bias). composite: `expanded`,
+            `weights` (names of the inputs that hold them), `function`. Any: `composite`, the operation that it was
+            expanded from.
         shape: Sizes; of a dynamic dimension the hint that the front end saw.
         sizes: The same with dynamic dimensions as text, so that equality means equal for every run.
         dynamic: Whether any dimension is dynamic.

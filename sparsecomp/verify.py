@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.ir import ConvSite, LinearSite, Site
-from sparsecomp.runtime.conv_site import RuntimeConv, convolve
+from sparsecomp.runtime.conv_site import RuntimeConv
 from sparsecomp.runtime.site import RuntimeSite
 from sparsecomp.runtime.weight_site import ACTIVATIONS
+from sparsecomp.window import convolve
 
 VERIFY_TOKENS = 4096
 """At most this many tokens of a linear are used."""
@@ -76,5 +77,5 @@ def _conv(site: ConvSite, handle: int) -> tuple[Tensor, Tensor]:
     value = ACTIVATIONS[site.activation](value)
     if residual is not None and not site.residual_first:
         value = value + residual
-    sizes = (site.out_features, window.kernel, window.stride, window.padding, window.dilation)
+    sizes = (site.out_features, window.kernel, window.stride, window.padding, window.dilation, window.extra)
     return value, torch.ops.sparsecomp.conv(x, terms, residual, handle, *sizes)

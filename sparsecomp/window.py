@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+from torch.nn import functional
+
 
 @dataclass(frozen=True)
 class Window:
@@ -13,6 +16,7 @@ class Window:
         kernel: Taps.
         stride: Steps of the window.
         padding: Zeros on either side of the map.
+        extra: More zeros below and on the right of it.
         dilation: Distance of the taps.
         groups: Groups of channels that do not see each other.
     """
@@ -22,22 +26,29 @@ class Window:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    extra: tuple[int, int] = (0, 0)
 
     @property
     def taps(self) -> int:
         """Products of one input channel."""
         return self.kernel[0] * self.kernel[1]
 
+    def is_depthwise(self, in_features: int) -> bool:
+        """Whether each output sees one input channel only, where a row of the weight has so many entries."""
+        return self.groups > 1 and in_features == self.taps
+
     def output(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for a map of this size; not positive where the window does not fit."""
-        sizes = zip((height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        padded = (height + self.extra[0], width + self.extra[1])
+        sizes = zip(padded, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         rows, columns = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
         return rows, columns
 
     def __str__(self) -> str:
         parts = [f"{self.kernel[0]}x{self.kernel[1]}"]
-        for name, value in (("/", self.stride), ("p", self.padding), ("d", self.dilation)):
-            if value != ((0, 0) if name == "p" else (1, 1)):
+        pairs = (("/", self.stride), ("p", self.padding), ("+", self.extra), ("d", self.dilation))
+        for name, value in pairs:
+            if value != ((0, 0) if name in "p+" else (1, 1)):
                 parts.append(f"{name}{value[0]}" if value[0] == value[1] else f"{name}{value[0]},{value[1]}")
         return " ".join(parts + ([f"g{self.groups}"] if self.groups > 1 else []))
 
@@ -57,3 +68,13 @@ class Maps:
 
     def __str__(self) -> str:
         return f"{self.images} x {self.height} x {self.width}"
+
+
+def convolve(x: Tensor, weight: Tensor, window: Window) -> Tensor:
+    """The dense convolution of `[N, I, H, W]` or `[N, I, L]`."""
+    stride, padding, dilation = window.stride, window.padding, window.dilation
+    if any(window.extra):
+        x = functional.pad(x, (0, window.extra[1], 0, window.extra[0]) if x.dim() == 4 else (0, window.extra[1]))
+    if x.dim() == 3:
+        return functional.conv1d(x, weight, None, stride[1:], padding[1:], dilation[1:], window.groups)
+    return functional.conv2d(x, weight, None, stride, padding, dilation, window.groups)

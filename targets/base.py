@@ -49,6 +49,9 @@ class Candidate:
 DENSE = Candidate("dense", "dense")
 """The candidate that every target offers: the framework's own product."""
 
+DEPTHWISE = Candidate("depthwise", "dense")
+"""A depthwise convolution that stays dense, computed channels first as sparse convolutions beside it want it."""
+
 
 @dataclass(frozen=True)
 class WeightFacts:

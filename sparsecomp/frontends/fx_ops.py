@@ -307,6 +307,14 @@ def _conv(node: fx.Node) -> Call:
     return Call("conv", (*operands, *(() if bias is None else (_node(bias),))), attrs)
 
 
+def _pad(node: fx.Node) -> Call | None:
+    zeros = argument(node, 2, "mode", "constant") == "constant" and not argument(node, 3, "value", None)
+    amounts = argument(node, 1, "pad")
+    if not zeros or not all(isinstance(amount, int) for amount in amounts):
+        return None
+    return Call("pad", (_node(argument(node, 0, "input")),), {"amounts": tuple(amounts)})
+
+
 def _batch_norm(node: fx.Node) -> Call | None:
     if argument(node, 5, "training", False) is not False:
         return None
@@ -346,6 +354,7 @@ _READERS: dict[str, Callable[[fx.Node], Call | None]] = {
     **{f"conv{dims}d": _conv for dims in (1, 2, 3)},
     **{f"conv_transpose{dims}d": _conv for dims in (1, 2, 3)},
     "batch_norm": _batch_norm,
+    "pad": _pad,
     "gelu": _gelu,
     "dropout": _dropout,
     **dict.fromkeys(

@@ -414,14 +414,7 @@ def build_open(schedule: OpenSchedule) -> tir.Expr:
             count = tir.bind(tir.select(y < height, tir.minimum(inside, pitch), 0))
             done = tir.bind(tir.floor_div(count, lanes) * lanes if step else tir.const(0, "int32"))
             with tir.loop(tir.floor_div(done, lanes)) as v:
-                at = tir.bind(source + v * (lanes * step))
-                vector = tir.load(args["x"], at, lanes)
-                if step == 2:
-                    # The second load overlaps by one, so that nothing behind the last column is read.
-                    second = tir.load(args["x"], at + (lanes - 1), lanes)
-                    half = lanes // 2
-                    picked = [2 * k for k in range(half)] + [lanes + 2 * k + 1 for k in range(half)]
-                    vector = tir.shuffle(tir.bind(vector), tir.bind(second), picked)
+                vector = tir.load_step(args["x"], source + v * (lanes * step), lanes, step)
                 tir.store(args["y"], target + v * lanes, vector, lanes)
             with tir.loop(count - done) as rest:
                 value = tir.load(args["x"], source + (done + rest) * stride_x)
@@ -458,7 +451,8 @@ def reference(
     weight = packed.unpack().numpy().reshape(groups, outputs // groups, channels, *window.kernel)
     height, width = window.output(*x.shape[2:])
     (py, px), (sy, sx), (dy, dx) = window.padding, window.stride, window.dilation
-    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (py, py), (px, px)))
+    (ey, ex) = window.extra
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (py, py + ey), (px, px + ex)))
     grouped = padded.reshape(len(x), groups, channels, *padded.shape[2:])
     total = np.zeros((len(x), groups, outputs // groups, height, width))
     for ky in range(window.kernel[0]):

@@ -133,6 +133,18 @@ def load(buffer: Expr, index: Expr, lanes: int = 1) -> Expr:
     return buffer[index] if lanes == 1 else buffer[_script().ramp(index, 1, lanes)]
 
 
+def load_step(buffer: Expr, index: Expr, lanes: int, step: int) -> Expr:
+    """Every entry (step 1) or every second one (step 2) from an index on; none behind the last one is read."""
+    vector = load(buffer, index, lanes)
+    if step == 1:
+        return vector
+    # The second load overlaps the first by one entry.
+    second = bind(load(buffer, index + (lanes - 1), lanes))
+    half = lanes // 2
+    picked = [2 * k for k in range(half)] + [lanes + 2 * k + 1 for k in range(half)]
+    return shuffle(bind(vector), second, picked)
+
+
 def store(buffer: Expr, index: Expr, value: Expr, lanes: int = 1) -> None:
     """Store consecutive entries from an index on."""
     _script().buffer_store(buffer, value, [index if lanes == 1 else _script().ramp(index, 1, lanes)])
@@ -171,6 +183,12 @@ def both(a: Expr, b: Expr) -> Expr:
 def either(a: Expr, b: Expr) -> Expr:
     """Whether one of two scalar conditions holds, or both."""
     return _tirx().Or(a, b)
+
+
+def first_lanes(vector: Expr, count: Expr, lanes: int) -> Expr:
+    """The first lanes of a vector of float32; zero in the others."""
+    numbers = vector_of([const(i, "int32") for i in range(lanes)])
+    return select(numbers < splat(count, lanes), vector, const(0.0, lanes=lanes))
 
 
 def fence(vector: Expr, lanes: int) -> Expr:

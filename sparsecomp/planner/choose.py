@@ -123,7 +123,8 @@ def _lowest(
     """The candidate of the lowest cost and the reason, without a plan."""
     dense = next(item for item in predictions if item.candidate.is_dense)
     sparse = [item for item in predictions if not item.candidate.is_dense]
-    if facts.nonzeros == facts.out_features * facts.in_features:
+    keeps_all = [item for item in sparse if item.candidate.pattern == DENSE.pattern]
+    if facts.nonzeros == facts.out_features * facts.in_features and not keeps_all:
         return DENSE, "dense: the weight has no zeros"
     if not sparse:
         found = ", ".join(str(item.pattern) for item in facts.patterns)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsecomp.targets.base import DENSE, Candidate, ConvEpilogue, ConvKernel, Kernel, Problem, Target
+from sparsecomp.window import convolve
 
 ROUNDS = 15
 BUDGET_S = 0.5
@@ -81,7 +82,6 @@ def _conv_calls(
     x = torch.randn(maps.images, weight.shape[1] * window.groups, maps.height, maps.width, generator=generator)
     x = x.to(problem.dtype)
     out = torch.empty(maps.images, weight.shape[0], *window.output(maps.height, maps.width))
-    settings = (window.stride, window.padding, window.dilation, window.groups)
 
     def call_of(kernel: ConvKernel) -> Callable[[], object]:
         def call() -> object:
@@ -90,7 +90,7 @@ def _conv_calls(
 
         return call
 
-    calls: dict[Candidate, Callable[[], object]] = {DENSE: lambda: functional.conv2d(x, weight, None, *settings)}
+    calls: dict[Candidate, Callable[[], object]] = {DENSE: lambda: convolve(x, weight, window)}
     return calls | {candidate: call_of(target.prepare_conv(candidate, weight, window)) for candidate in sparse}
 
 

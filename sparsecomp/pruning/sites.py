@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -23,7 +24,10 @@ class Prunable:
         parameter: name of the parameter that holds the weight.
         to_matrix: view of the weight (or of its scores) as the `[O, I]` that patterns describe.
         from_matrix: the way back for masks or values: `(matrix [O, I], weight) -> tensor` in the weight's shape.
-        to_inputs: `(module, input) -> [rows, I]`, the rows that the matrix multiplies: `output = rows @ matrix.T`.
+        to_inputs: `(module, input) -> [rows, I]`, the rows that the matrix multiplies: `output = rows @ matrix.T`. Of a
+            convolution with groups these are the rows of all groups, so that statistics are those of the groups
+            together.
+        accepts: whether a module of the type can be pruned.
     """
 
     module_type: type[nn.Module]
@@ -31,6 +35,32 @@ class Prunable:
     to_matrix: Callable[[Tensor], Tensor]
     from_matrix: Callable[[Tensor, Tensor], Tensor]
     to_inputs: Callable[[nn.Module, Tensor], Tensor]
+    accepts: Callable[[nn.Module], bool] = lambda _: True
+
+
+def _patches(module: nn.Module, value: Tensor) -> Tensor:
+    """What the rows of a convolution's matrix are multiplied with, `[positions, I / groups * taps]`, I slowest."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        raise TypeError(f"expected a convolution, given {type(module).__name__}")
+    dims = len(module.kernel_size)
+    if value.dim() == dims + 1:
+        value = value.unsqueeze(0)
+    # The module's own numbers, from the last dimension backwards: they cover padding='same' and its other modes.
+    padding = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    value = functional.pad(value, padding, mode=mode) if any(padding) else value
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    if dims == 1:
+        value, kernel, stride, dilation = value.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
+    patches = functional.unfold(value, kernel, dilation=dilation, stride=stride)
+    images, entries, positions = patches.shape
+    grouped = patches.reshape(images, module.groups, entries // module.groups, positions)
+    return grouped.transpose(2, 3).reshape(-1, entries // module.groups)
+
+
+def _not_depthwise(module: nn.Module) -> bool:
+    """Depthwise convolutions are left out: they have few weights, each of them counts, and they run dense."""
+    return not (isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups > 1 and module.weight.shape[1] == 1)
 
 
 PRUNABLE: tuple[Prunable, ...] = (
@@ -40,6 +70,17 @@ PRUNABLE: tuple[Prunable, ...] = (
         to_matrix=lambda weight: weight,
         from_matrix=lambda matrix, _: matrix,
         to_inputs=lambda _, value: value.reshape(-1, value.shape[-1]),
+    ),
+    *(
+        Prunable(
+            module_type,
+            "weight",
+            to_matrix=lambda weight: weight.flatten(1),
+            from_matrix=lambda matrix, weight: matrix.reshape(weight.shape),
+            to_inputs=_patches,
+            accepts=_not_depthwise,
+        )
+        for module_type in (nn.Conv1d, nn.Conv2d)
     ),
 )
 
@@ -70,7 +111,7 @@ def prunable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Prunabl
     """Names and modules that can be pruned; one that is there under several names is given under each."""
     for name, module in model.named_modules(remove_duplicate=False):
         for kind in PRUNABLE:
-            if isinstance(module, kind.module_type):
+            if isinstance(module, kind.module_type) and kind.accepts(module):
                 yield name, module, kind
                 break
 

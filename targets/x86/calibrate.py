@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from sparsecomp.kernels import peak
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, function_of
-from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import calibration, cost
-from sparsecomp.targets.x86.conv_calibrate import ConvCase, conv_cases
+from sparsecomp.targets.x86.conv_calibrate import ConvCase, conv_cases, depthwise_cases
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, level
 from sparsecomp.targets.x86.target import X86Target, create
 
@@ -129,6 +129,8 @@ def _measure(level_name: str, deadline: float) -> dict[str, list[tuple[cost.Quan
         "panel_one": _cases("panel", MEMORY_SHAPES, DENSITIES, (1,)),
         "conv": conv_cases(True, machine),
         "dense_conv": conv_cases(False, machine),
+        "depthwise": depthwise_cases(DEPTHWISE),
+        "dense_depthwise": depthwise_cases(DENSE),
     }
     if machine.level.spread:
         plans["mask"] = _cases("mask", MEMORY_SHAPES, DENSITIES, FEW_TOKENS)

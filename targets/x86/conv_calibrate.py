@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sparsecomp.targets.base import DENSE, Candidate, ConvEpilogue, Problem, WeightFacts
 from sparsecomp.targets.x86 import conv_cost, conv_schedules
 from sparsecomp.targets.x86.cost import Machine, Quantities
 from sparsecomp.targets.x86.target import X86Target
-from sparsecomp.window import Maps, Window
+from sparsecomp.window import Maps, Window, convolve
 
 # Input channels, output channels, height and width of the map, window and stride, as in common networks.
 SHAPES = (
@@ -39,6 +38,17 @@ SHAPES = (
     (32, 32, 112, 3, 1),
     (32, 64, 28, 5, 1),
 )
+DEPTHWISE_SHAPES = (
+    (32, 112, 3, 1),
+    (96, 112, 3, 2),
+    (144, 56, 5, 2),
+    (240, 28, 5, 1),
+    (480, 14, 3, 1),
+    (672, 14, 5, 1),
+    (1152, 7, 5, 1),
+    (512, 14, 3, 2),
+)
+"""Channels, height and width of the map, window and stride."""
 DENSITIES = (0.5, 0.35, 0.2, 0.1, 0.05)
 
 
@@ -67,11 +77,25 @@ class ConvCase:
             raise ValueError("a convolution is measured for a window and maps, and the problem has none")
         x = torch.randn(maps.images, self.weight.shape[1] * window.groups, maps.height, maps.width)
         if self.candidate.is_dense:
-            settings = (window.stride, window.padding, window.dilation, window.groups)
-            return lambda: functional.conv2d(x, self.weight, None, *settings)
+            return lambda: convolve(x, self.weight, window)
         kernel = X86Target(level_name).prepare_conv(self.candidate, self.weight, window)
         out = torch.empty(maps.images, self.weight.shape[0], *window.output(maps.height, maps.width))
         return lambda: kernel.run(x, None, None, ConvEpilogue(), out)
+
+
+def depthwise_cases(candidate: Candidate) -> Iterator[ConvCase]:
+    """Depthwise convolutions in a fixed order, again and again."""
+    generator = torch.Generator().manual_seed(0)
+    for channels, size, taps, stride in itertools.cycle(DEPTHWISE_SHAPES):
+        weight = torch.randn(channels, 1, taps, taps, generator=generator)
+        window = Window((taps, taps), (stride, stride), (taps // 2, taps // 2), groups=channels)
+        yield _case(candidate, weight, window, size)
+
+
+def _case(candidate: Candidate, weight: Tensor, window: Window, size: int) -> ConvCase:
+    maps = Maps(1, size, size)
+    facts = WeightFacts.of(weight.flatten(1))
+    return ConvCase(candidate, Problem(facts, maps.positions(window), 1, window=window, maps=maps), weight)
 
 
 def conv_cases(sparse: bool, machine: Machine) -> Iterator[ConvCase]:
@@ -86,9 +110,6 @@ def conv_cases(sparse: bool, machine: Machine) -> Iterator[ConvCase]:
             if density < 1:
                 weight *= torch.rand(weight.shape, generator=generator) < density
             window = Window((taps, taps), (stride, stride), (taps // 2, taps // 2))
-            maps = Maps(1, size, size)
             widest = order.choice(conv_schedules.widest(machine.level))
             candidate = Candidate("conv", "unstructured", (("vectors", widest),)) if sparse else DENSE
-            facts = WeightFacts.of(weight.flatten(1))
-            problem = Problem(facts, maps.positions(window), 1, window=window, maps=maps)
-            yield ConvCase(candidate, problem, weight)
+            yield _case(candidate, weight, window, size)

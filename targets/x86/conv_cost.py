@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from sparsecomp.kernels.conv_geometry import Geometry
+from sparsecomp.kernels.depthwise import Layout
 from sparsecomp.targets.base import Candidate, Problem
 from sparsecomp.targets.x86 import conv_schedules as schedules
 from sparsecomp.targets.x86.cost import ACTIVATION_COST, Machine, Quantities, traffic
@@ -12,10 +13,19 @@ from sparsecomp.targets.x86.cost import ACTIVATION_COST, Machine, Quantities, tr
 
 def quantities(machine: Machine, candidate: Candidate, problem: Problem) -> tuple[str, Quantities]:
     """The model's name for a candidate on a convolution, and what it counts for the thread that has most to do."""
-    counted = _dense(machine, problem) if candidate.is_dense else _sparse(machine, candidate, problem)
+    window = problem.window
+    if window is not None and window.is_depthwise(problem.facts.in_features):
+        name = "dense_depthwise" if candidate.is_dense else "depthwise"
+        counted = _depthwise(problem, candidate.is_dense)
+    else:
+        name = "dense_conv" if candidate.is_dense else "conv"
+        counted = _dense(machine, problem) if candidate.is_dense else _sparse(machine, candidate, problem)
     values = problem.tokens * problem.facts.out_features * ACTIVATION_COST[problem.activation] / problem.threads
     counted["activations"] = values
-    return "dense_conv" if candidate.is_dense else "conv", counted
+    if candidate.is_dense and (problem.activation != "none" or problem.residual):
+        # What follows a dense convolution is a pass of its own over its output.
+        counted["output"] *= 2
+    return name, counted
 
 
 def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
@@ -75,5 +85,23 @@ def _dense(machine: Machine, problem: Problem) -> Quantities:
         "input": inputs * share,
         "output": problem.tokens * facts.out_features * share,
         **traffic(machine, 4 * entries, share, problem.threads),
+        "call": 1.0,
+    }
+
+
+def _depthwise(problem: Problem, dense: bool) -> Quantities:
+    window, maps, share = problem.window, problem.maps, 1 / problem.threads
+    if window is None or maps is None:
+        raise ValueError("a convolution is priced for a window and maps, and the problem has none")
+    height, width = window.output(maps.height, maps.width)
+    outputs = maps.images * problem.facts.out_features * share
+    # The library's form pads channels, ours the rows of a map.
+    pitch = width if dense else Layout.of(window, maps).pitch
+    return {
+        "multiply": outputs * height * pitch * window.taps,
+        "input": outputs * maps.height * maps.width,
+        "output": outputs * height * width,
+        "row": outputs * (height + maps.height),
+        "channel": outputs,
         "call": 1.0,
     }

@@ -1,7 +1,8 @@
-"""The convolution kernel with its packed weight on x86: what `X86Target.prepare_conv` gives."""
+"""The convolution kernels with their packed weights on x86: what `X86Target.prepare_conv` gives."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecomp.kernels import conv
+from sparsecomp.kernels import conv, depthwise
 from sparsecomp.kernels.conv_geometry import Geometry, table
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.quads import QuadWeight
@@ -32,31 +33,19 @@ class _Call:
     opened: tuple[int, ...]
 
 
-class X86ConvKernel(ConvKernel):
-    """Unstructured weights of convolutions, for tiles of at most so many vectors."""
+class _X86Kernel(ConvKernel):
+    """Common to both: the calls that were made ready, and the functions that were built."""
 
-    def __init__(self, level: Level, weight: Tensor, window: Window, vectors: int) -> None:
-        self._level, self._window, self._vectors = level, window, vectors
-        self._channels = weight.shape[1]
-        matrix = weight.detach().flatten(1)
-        shape = (matrix.shape[0], matrix.shape[1])
-        packing = schedules.packing(level, shape, window.groups, vectors, caches().l1)
-        packed = QuadWeight.pack(matrix, **packing)
-        self._weights = Weights(conv.weights(packed, table(window, self._channels)))
-        self._sizes = {
-            "outputs": shape[0],
-            "columns": shape[1],
-            "block": packed.block,
-            "blocks": packed.blocks,
-            "chunk": packed.chunk,
-            "group_chunks": packed.group_chunks,
-            "group_rows": packed.group_rows,
-            "taps": window.taps,
-        }
-        self._no_terms = torch.cat([torch.zeros(shape[0]), torch.ones(shape[0])])
+    def __init__(self, level: Level, window: Window, weights: Weights, outputs: int) -> None:
+        self._level, self._window, self._weights = level, window, weights
+        self._no_terms = torch.cat([torch.zeros(outputs), torch.ones(outputs)])
         self._calls: dict[tuple[Maps, int, ConvEpilogue, bool], _Call] = {}
         self._sources: dict[str, tuple[KernelSource, Any]] = {}
-        self.nbytes = self._weights.nbytes
+        self.nbytes = weights.nbytes
+
+    @abstractmethod
+    def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
+        """Make a call ready."""
 
     def run(
         self, x: Tensor, terms: Tensor | None, residual: Tensor | None, epilogue: ConvEpilogue, out: Tensor
@@ -79,6 +68,40 @@ class X86ConvKernel(ConvKernel):
         """See `ConvKernel.build`."""
         if maps.positions(self._window):
             self._make(maps, epilogue, residual)
+
+    def _function(self, name: str, identity: str, build: Any) -> Any:
+        key = f"{name} {identity}"
+        if key not in self._sources:
+            source = KernelSource(name, identity, build, self._level.tvm_target)
+            self._sources[key] = (source, function_of(source))
+        return self._sources[key][1]
+
+    @property
+    def source(self) -> str:
+        """Assembly of the variants that were used."""
+        return "\n".join(assembly_of(source) for source, _ in self._sources.values())
+
+
+class X86ConvKernel(_X86Kernel):
+    """Unstructured weights of convolutions, for tiles of at most so many vectors."""
+
+    def __init__(self, level: Level, weight: Tensor, window: Window, vectors: int) -> None:
+        self._vectors, self._channels = vectors, weight.shape[1]
+        matrix = weight.detach().flatten(1)
+        shape = (matrix.shape[0], matrix.shape[1])
+        packing = schedules.packing(level, shape, window.groups, vectors, caches().l1)
+        packed = QuadWeight.pack(matrix, **packing)
+        super().__init__(level, window, Weights(conv.weights(packed, table(window, self._channels))), shape[0])
+        self._sizes = {
+            "outputs": shape[0],
+            "columns": shape[1],
+            "block": packed.block,
+            "blocks": packed.blocks,
+            "chunk": packed.chunk,
+            "group_chunks": packed.group_chunks,
+            "group_rows": packed.group_rows,
+            "taps": window.taps,
+        }
 
     def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
         window, threads = self._window, torch.get_num_threads()
@@ -130,14 +153,46 @@ class X86ConvKernel(ConvKernel):
         weights = Weights([np.array(geometry.phases, np.int32)])
         return Launch(function, weights, dims, maps.images * channels, threads, 0)
 
-    def _function(self, name: str, identity: str, build: Any) -> Any:
-        key = f"{name} {identity}"
-        if key not in self._sources:
-            source = KernelSource(name, identity, build, self._level.tvm_target)
-            self._sources[key] = (source, function_of(source))
-        return self._sources[key][1]
 
-    @property
-    def source(self) -> str:
-        """Assembly of the variants that were used."""
-        return "\n".join(assembly_of(source) for source, _ in self._sources.values())
+class X86DepthwiseKernel(_X86Kernel):
+    """Dense depthwise convolutions, channels first."""
+
+    def __init__(self, level: Level, weight: Tensor, window: Window) -> None:
+        values = weight.detach().to(torch.float32).flatten(1).contiguous().numpy()
+        super().__init__(level, window, Weights([values]), weight.shape[0])
+        self._values, self._outputs = values, weight.shape[0]
+
+    def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
+        window, threads = self._window, torch.get_num_threads()
+        layout = depthwise.Layout.of(window, maps)
+        stride = window.stride[1]
+        height, width = window.output(maps.height, maps.width)
+        positions = (height - 1) * layout.pitch + width
+        vectors = schedules.depthwise_vectors(self._level, positions)
+        schedule = depthwise.DepthwiseSchedule(self._level.lanes, vectors, stride if stride <= 2 else 0)
+        after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
+        function = self._function("depthwise", f"{schedule!r} {after!r}", lambda: depthwise.build(schedule, after))
+        sizes = {
+            "plane": maps.height * maps.width,
+            "width": maps.width,
+            "stride_y": window.stride[0],
+            "stride_x": stride,
+            "phases": len(layout.phases),
+            "pitch": layout.pitch,
+            "padded": layout.padded,
+            "tiles": -(-positions // schedule.tile),
+            "out_height": height,
+            "out_width": width,
+            "channels": window.groups,
+            "outputs": self._outputs,
+            "taps": window.taps,
+            "total": maps.images * window.groups * maps.height * maps.width,
+        }
+        largest = max(sizes["total"], maps.images * self._outputs * height * width)
+        if largest > 2**31 - 1:
+            raise ValueError(f"maps of {largest} values are more than 32-bit numbers address; call with fewer images")
+        weights = Weights([self._values, layout.distances, layout.phases])
+        scratch = depthwise.scratch_floats(schedule, layout, height)
+        dims = [sizes[name] for name in depthwise.DIMS]
+        launch = Launch(function, weights, dims, maps.images * self._outputs, threads, scratch)
+        return _Call(launch, None, ())

@@ -99,6 +99,11 @@ def call(
     return min(calls, key=lambda found: (work(found), -found.vectors))
 
 
+def depthwise_vectors(level: Level, positions: int) -> int:
+    """Vectors of a tile of the depthwise kernel: the fewest of them in all, and wide tiles."""
+    return min(range(1, level.vectors + 1), key=lambda v: math.ceil(positions / (v * level.lanes)) * (v + STEP_COST))
+
+
 def _splits(tiles: int, chunks: int, threads: int, least: int) -> int:
     """The fewest splits of the rows that keep all threads about evenly busy."""
     best, best_share = least, float("inf")

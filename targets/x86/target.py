@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Pattern
-from sparsecomp.targets.base import DENSE, Candidate, ConvKernel, Kernel, Problem, Target, WeightFacts
+from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, ConvKernel, Kernel, Problem, Target, WeightFacts
 from sparsecomp.targets.x86 import calibration, conv_cost, conv_schedules, cost, schedules
-from sparsecomp.targets.x86.conv_kernels import X86ConvKernel
+from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, facts, flags, level, supported
 from sparsecomp.targets.x86.kernels import GatherKernel, MaskKernel, PanelKernel, RowsKernel
 from sparsecomp.window import Window
@@ -101,6 +101,8 @@ class X86Target(Target):
         self, facts: WeightFacts, window: Window, allowed: Collection[str] | None = None
     ) -> list[Candidate]:
         """See `Target.conv_candidates`."""
+        if window.is_depthwise(facts.in_features):
+            return [DENSE, DEPTHWISE]
         label = _label(facts, 1, allowed)
         if label is None or not facts.nonzeros < facts.out_features * facts.in_features:
             return [DENSE]
@@ -109,6 +111,8 @@ class X86Target(Target):
 
     def prepare_conv(self, candidate: Candidate, weight: Tensor, window: Window) -> ConvKernel:
         """See `Target.prepare_conv`."""
+        if candidate == DEPTHWISE:
+            return X86DepthwiseKernel(self._level, weight, window)
         if candidate.kernel != "conv":
             return super().prepare_conv(candidate, weight, window)
         if candidate.pattern != "unstructured" and not Pattern.parse(candidate.pattern).check(weight.flatten(1)):
