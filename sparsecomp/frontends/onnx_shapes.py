@@ -220,7 +220,10 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
         for node in graph:
             for value in node.outputs:
                 value.shape = None
-    return ir.to_proto(clone)
+    try:
+        return ir.to_proto(clone)
+    except ir.serde.SerdeError as error:
+        raise ValueError(f"the model cannot be written again: {error.__cause__ or error}") from error
 
 
 def _run(proto: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> list[dict[str, _Inferred]]:

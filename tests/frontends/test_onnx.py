@@ -372,13 +372,13 @@ def test_reasons() -> None:
 
 def test_an_initializer_that_the_caller_may_replace_is_no_constant() -> None:
     model = cases.linear_model(W)
-    model.graph.input.append(helper.make_tensor_value_info("weight", TensorProto.FLOAT, W.shape))
+    model.graph.input.append(helper.make_tensor_value_info("layer.weight", TensorProto.FLOAT, W.shape))
     assert inspected(model) == []
 
 
 def test_in_old_models_initializers_are_inputs_by_rule(tmp_path: Path) -> None:
     model = cases.linear_model(W, opset=9)
-    model.graph.input.append(helper.make_tensor_value_info("weight", TensorProto.FLOAT, W.shape))
+    model.graph.input.append(helper.make_tensor_value_info("layer.weight", TensorProto.FLOAT, W.shape))
     model.ir_version = 3
     check(model, tmp_path, 1)
 
