@@ -93,9 +93,9 @@ def test_pruned_models_with_every_site_sparse(opset: int, tmp_path: Path) -> Non
         try:
             model = cases.pruned(onnx.version_converter.convert_version(case.model, opset), 0.5)
             session = cases.session(model)
+            case.data = [(inputs, _run(session, inputs)) for inputs, _ in case.data]
         except Exception:  # noqa: BLE001 -- neither converter nor ONNX Runtime take everything
             continue
-        case.data = [(inputs, _run(session, inputs)) for inputs, _ in case.data]
         case.atol = 1e-4
         output = tmp_path / "m.onnx"
         report = sparsecomp.onnx.optimize(model, output, options=cases.forced(model))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
+
+from sparsecomp.log import log
 
 DTYPES = {
     ir.DataType.FLOAT: torch.float32,
@@ -24,9 +27,6 @@ DTYPES = {
 }
 """Element types that PyTorch has too."""
 
-FOLDED = frozenset({"Cast", "DequantizeLinear", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-"""Operations that give a constant for constants; none of them makes more elements than it is given."""
-
 _DEEPEST = 16  # such operations in a row
 
 
@@ -36,7 +36,6 @@ class Constants:
     def __init__(self, model: ir.Model) -> None:
         # An initializer that is an input as well is a default, which the caller may replace.
         self._replaceable = set(model.graph.inputs)
-        self._opsets = dict(model.opset_imports)
         self._known: dict[ir.Value, bool] = {}
         self._folded: dict[ir.Value, npt.NDArray[Any]] = {}
 
@@ -52,9 +51,17 @@ class Constants:
         if _stored(value) is not None:
             return True
         node = value.producer()
-        if node is None or node.domain != "" or node.op_type not in FOLDED or not node.inputs:
+        if node is None or node.domain != "" or node.op_type not in _FOLDERS or not node.inputs:
             return False
-        return all(operand is None or self._find(operand, depth + 1) for operand in node.inputs)
+        if not all(operand is None or self._find(operand, depth + 1) for operand in node.inputs):
+            return False
+        if value not in self._folded:
+            try:
+                self._folded[value] = self._fold(node)
+            except ValueError as error:
+                log.info("%s is not folded: %s", value.name, error)
+                return False
+        return True
 
     def name(self, value: ir.Value) -> str:
         """The name of a constant, of a folded one that of what it was made of."""
@@ -79,12 +86,11 @@ class Constants:
         """
         if not self.is_constant(value):
             return None
+        return self._value(value)
+
+    def _value(self, value: ir.Value) -> npt.NDArray[Any]:
         stored = _stored(value)
-        if stored is not None:
-            return read_tensor(stored)
-        if value not in self._folded:
-            self._folded[value] = self._fold(value)
-        return self._folded[value]
+        return self._folded[value] if stored is None else read_tensor(stored)
 
     def tensor(self, value: ir.Value) -> torch.Tensor | None:
         """A constant for PyTorch, sharing its memory; None for types that no kernel could take."""
@@ -94,19 +100,67 @@ class Constants:
         array = self.array(value)
         return None if array is None else as_torch(array)
 
-    def _fold(self, value: ir.Value) -> npt.NDArray[Any]:
-        from onnx.reference import ReferenceEvaluator
-
-        node = value.producer()
-        assert node is not None
-        given = [value for value in node.inputs if value is not None]
-        proto = ir.to_proto(node)
-        feeds = {operand.name: self.array(operand) for operand in given}
+    def _fold(self, node: ir.Node) -> npt.NDArray[Any]:
+        given = [None if operand is None else self._value(operand) for operand in node.inputs]
         try:
-            result = ReferenceEvaluator(proto, opsets=self._opsets).run(None, feeds)
-        except Exception as error:  # the evaluator has no error of its own
+            return _FOLDERS[node.op_type](node, *given)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"node {node.name!r} ({node.op_type}) cannot be evaluated: {error}") from error
-        return np.asarray(result[0])
+
+
+def _cast(node: ir.Node, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    to = ir.DataType(node.attributes.get_int("to", 0))
+    if DTYPES[to].is_floating_point and DTYPES[ir.DataType.from_numpy(x.dtype)].is_floating_point:
+        return x.astype(to.numpy())
+    raise ValueError("only floating point types are converted")
+
+
+def _dequantize(
+    node: ir.Node, x: npt.NDArray[Any], scale: npt.NDArray[Any], zero: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size") or 0
+
+    def spread(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if values.size == 1:
+            return values.reshape(())
+        if block:
+            repeated = np.repeat(values, block, axis)
+            return np.take(repeated, np.arange(x.shape[axis]), axis)
+        shape = [1] * x.ndim
+        shape[axis] = values.size
+        return values.reshape(shape)
+
+    shift = 0 if zero is None else spread(zero.astype(np.int32))
+    return ((x.astype(np.int32) - shift).astype(scale.dtype) * spread(scale)).astype(scale.dtype)
+
+
+def _reshape(node: ir.Node, x: npt.NDArray[Any], shape: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    keeps = not node.attributes.get_int("allowzero")
+    return x.reshape([x.shape[i] if size == 0 and keeps else int(size) for i, size in enumerate(shape)])
+
+
+def _axes(node: ir.Node, axes: npt.NDArray[Any] | None) -> tuple[int, ...] | None:
+    found = node.attributes.get_ints("axes") if axes is None else axes.reshape(-1).tolist()
+    return None if found is None else tuple(int(axis) for axis in found)
+
+
+def _squeeze(node: ir.Node, x: npt.NDArray[Any], axes: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    return np.squeeze(x, _axes(node, axes))
+
+
+def _unsqueeze(node: ir.Node, x: npt.NDArray[Any], axes: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    return np.expand_dims(x, _axes(node, axes) or ())
+
+
+_FOLDERS: dict[str, Callable[..., npt.NDArray[Any]]] = {
+    "Cast": _cast,
+    "DequantizeLinear": _dequantize,
+    "Identity": lambda _, x: x,
+    "Reshape": _reshape,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+}
+"""Operations that give a constant for constants; none of them makes more elements than it is given."""
 
 
 def _stored(value: ir.Value) -> ir.TensorProtocol | None:
