@@ -33,10 +33,12 @@ format: $(STAMPS)/dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(STAMPS)/demo
+bench: $(STAMPS)/dev
 	$(PY) benchmarks/bench_kernels.py $(BENCH_ARGS)
 	$(PY) benchmarks/bench_models.py $(BENCH_ARGS)
+	$(PY) benchmarks/bench_conv.py $(BENCH_ARGS)
 	$(PY) benchmarks/bench_cost_model.py $(BENCH_ARGS)
+	$(PY) benchmarks/bench_onnx.py $(BENCH_ARGS)
 	$(PY) benchmarks/write_results.py
 
 # An environment that is there already is used as it is.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("kernels", "models", "cost_model", "pruning", "planner")
+NAMES = ("kernels", "models", "conv", "cost_model", "pruning", "planner", "onnx")
 
 HEAD = """# Results
 

@@ -7,6 +7,7 @@ function of standard operations beside it. Where the library that is written wit
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from sparsecomp.targets.base import Target
 from sparsecomp.window import Maps, Window
 
 if TYPE_CHECKING:
+    from sparsecomp.runtime.ort_timing import Timing
     from sparsecomp.targets.x86.cpu import Level
     from sparsecomp.targets.x86.ort import LibraryTarget
 
@@ -122,6 +124,42 @@ def optimize(
         build_library(operations, ort.ort_target(level), library_of(path))
     _save(loaded, path)
     return report
+
+
+def bench(
+    model: str | os.PathLike[str],
+    *,
+    options: Options | Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    rounds: int = 30,
+) -> list[Timing]:
+    """Time a model in ONNX Runtime beside its optimised form, with the library and without, on random inputs.
+
+    Sessions have as many threads as PyTorch. Where the model cannot be sparse anywhere, only the original is timed.
+
+    Args:
+        model: path of a model.
+        options: as in `inspect`.
+        shapes: as in `inspect`.
+        rounds: calls of each that are timed, in turn.
+
+    Returns:
+        The original first.
+
+    Raises:
+        ValueError: the model is not valid, an option is bad, or an input has no obvious random value.
+        BuildError: the library could not be built here.
+    """
+    from sparsecomp.runtime.ort_timing import compare
+
+    with tempfile.TemporaryDirectory(prefix="sparsecomp.") as folder:
+        output = Path(folder) / "model.onnx"
+        report = optimize(model, output, options=options, shapes=shapes)
+        models: dict[str, tuple[Path, Path | None]] = {"original": (Path(model), None)}
+        if report.rewritten:
+            models["optimised, without the library"] = (output, None)
+            models["optimised, with the library"] = (output, library_of(output))
+        return compare(models, infer(load(model), shapes).inputs, torch.get_num_threads(), rounds)
 
 
 def library_of(output: str | os.PathLike[str]) -> Path:

@@ -261,6 +261,17 @@ def test_commands(model_file: Path, tmp_path: Path) -> None:
     assert "there is no library" in result.stdout
 
 
+def test_bench_compares_the_three(model_file: Path) -> None:
+    result = runner.invoke(app, ["bench", str(model_file), "--shape", "x=64x384", "--rounds", "3"])
+    assert result.exit_code == 0, result.output
+    for name in ("original", "optimised, without the library", "optimised, with the library"):
+        assert name in result.stdout
+    first, *others = sparsecomp.onnx.bench(model_file, rounds=2)
+    assert first.speedup == 1.0
+    assert first.difference == 0.0
+    assert all(timing.difference <= 1e-4 for timing in others)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

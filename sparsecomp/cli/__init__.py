@@ -1,4 +1,4 @@
-"""The command line: `sparsecomp info`, `calibrate`, `explain`, `plan`, `prune FOLDER`, `inspect`, `optimize MODEL`.
+"""The command line: `info`, `calibrate`, `explain`, `plan` and `prune` FOLDER, `inspect`, `optimize` and `bench` MODEL.
 
 torch and the targets are imported inside the commands, so that help is there at once.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsecomp.cli.machine import calibrate, info
-from sparsecomp.cli.onnx import inspect, optimize
+from sparsecomp.cli.onnx import bench, inspect, optimize
 from sparsecomp.cli.pruning import plan, prune
 from sparsecomp.cli.report import explain
 
@@ -37,5 +37,5 @@ def main(
     """Sparse neural networks, faster on the hardware that people have."""
 
 
-for command in (info, calibrate, explain, plan, prune, inspect, optimize):
+for command in (info, calibrate, explain, plan, prune, inspect, optimize, bench):
     app.command()(command)

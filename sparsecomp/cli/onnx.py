@@ -1,4 +1,4 @@
-"""`sparsecomp inspect` and `sparsecomp optimize`: ONNX models for ONNX Runtime."""
+"""`sparsecomp inspect`, `optimize` and `bench`: ONNX models for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -75,6 +75,28 @@ def optimize(
         print(f"written to {output} and {library}; use: options.register_custom_ops_library({str(library)!r})")
     else:
         print(f"written to {output}; nothing was replaced, so that there is no library")
+
+
+def bench(
+    model: Model,
+    target: TargetName = None,
+    plan: PlanFile = None,
+    shape: Shapes = None,
+    exclude: Exclude = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Calls of each form that are timed, in turn.")] = 30,
+    threads: Threads = None,
+) -> None:
+    """Time an ONNX model in ONNX Runtime beside its optimised form, with the library and without."""
+    with errors_for_people():
+        set_threads(threads)
+        sizes = _sizes(shape)
+        options = {"target": target, "plan": plan, "exclude": exclude}
+        timings = _api().bench(model, options=options, shapes=sizes, rounds=rounds)
+    print(f"{'':32} {'ms':>9} {'speed-up':>9} {'difference':>11} {'load ms':>9}")
+    for row in timings:
+        print(f"{row.name:32} {row.ms:9.3f} {row.speedup:8.2f}x {row.difference:11.1e} {row.load_ms:9.0f}")
+    if len(timings) == 1:
+        print("nothing was replaced: no layer would gain (see sparsecomp inspect)")
 
 
 def _api() -> Any:
