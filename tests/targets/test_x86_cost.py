@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import calibration, conv_cost, cost, cpu
 from sparsecomp.targets.x86.target import FEW_TOKENS, X86Target
 from sparsecomp.window import Maps, Window
@@ -102,6 +102,12 @@ def test_shipped_prices_have_the_names_of_the_quantities(level: str) -> None:
     window, maps = Window((3, 3), (2, 2), (1, 1)), Maps(1, 9, 9)
     problem = Problem(FACTS[33, 47][3], maps.positions(window), 1, window=window, maps=maps)
     for candidate in (DENSE, Candidate("conv", "unstructured", (("vectors", 2),))):
+        model, counted = conv_cost.quantities(machine, candidate, problem)
+        assert set(SHIPPED[level][model]) == set(counted), model
+        seen.add(model)
+    window = Window((3, 3), (2, 2), (1, 1), groups=33)
+    problem = Problem(WeightFacts.of(torch.ones(33, 9)), maps.positions(window), 1, window=window, maps=maps)
+    for candidate in (DENSE, DEPTHWISE):
         model, counted = conv_cost.quantities(machine, candidate, problem)
         assert set(SHIPPED[level][model]) == set(counted), model
         seen.add(model)
