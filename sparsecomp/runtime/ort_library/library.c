@@ -173,24 +173,26 @@ static Status *infer_shape(const CustomOp *op, void *context) {
   if (entry_of(op)->family == CONV) {
     if (rank != (size_t)w->rank + 2) return NULL;
     dims[1] = outputs;
-    symbols[1] = NULL;
+    symbols[1] = "";
     for (size_t i = 2; i < rank; i++) {
       size_t axis = i - rank + 2;
       int64_t reach = (int64_t)w->dilation[axis] * (w->kernel[axis] - 1) + 1;
       int64_t size = dims[i] < 0 ? -1 : (dims[i] + 2 * w->padding[axis] - reach) / w->stride[axis] + 1;
       dims[i] = size < 0 ? -1 : size;
-      symbols[i] = NULL;
+      symbols[i] = "";
     }
   } else {
     dims[rank - 1] = outputs;
-    symbols[rank - 1] = NULL;
+    symbols[rank - 1] = "";
   }
-  for (size_t i = 0; i < rank; i++)
+  for (size_t i = 0; i < rank; i++) {
+    if (!symbols[i]) symbols[i] = ""; /* old versions make a string of every one */
     /* An unknown dimension without a name would be stored as the size -1. */
-    if (dims[i] < 0 && (!symbols[i] || !*symbols[i])) {
+    if (dims[i] < 0 && !*symbols[i]) {
       snprintf(names[i], sizeof names[i], "_sparsecomp%u", atomic_fetch_add(&unnamed, 1));
       symbols[i] = names[i];
     }
+  }
   if ((status = CALL(api, CREATE_TENSOR_INFO, void **)(&result))) return drop(api, status), NULL;
   status = CALL(api, SET_ELEMENT_TYPE, void *, int)(result, TYPE_FLOAT);
   if (!status) status = CALL(api, SET_DIMENSIONS, void *, const int64_t *, size_t)(result, dims, rank);
