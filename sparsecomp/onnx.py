@@ -24,6 +24,8 @@ from sparsecomp.frontends.onnx_fallback import OLDEST_OPSET, Variant
 from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_norm import fold_norm, folds
 from sparsecomp.frontends.onnx_shapes import infer
+from sparsecomp.frontends.onnx_shrink import Shrunk
+from sparsecomp.frontends.onnx_shrink import shrink as shrink_overlays
 from sparsecomp.ir import ConvSite, LinearSite, Site
 from sparsecomp.options import Options
 from sparsecomp.passes import DetectConv, DetectLinear, FuseEpilogue, run_passes
@@ -124,6 +126,36 @@ def optimize(
         build_library(operations, ort.ort_target(level), library_of(path))
     _save(loaded, path)
     return report
+
+
+def shrink(
+    model: Source, output: str | os.PathLike[str], *, shapes: Mapping[str, Sequence[int]] | None = None
+) -> list[Shrunk]:
+    """Write a model of standard operations alone, without the hidden units and channels that do nothing.
+
+    What is removed is between two linears or two convolutions: a unit whose weights behind it, or before it, are all
+    zero. The result is a smaller dense model for any run time.
+
+    Args:
+        model: path of a model, or one in memory; it is not changed.
+        output: path of the model to write.
+        shapes: sizes of inputs by name, as in `inspect`.
+
+    Returns:
+        The layers that became smaller.
+
+    Raises:
+        ValueError: the model is not valid; nothing is written.
+    """
+    loaded = load(model)
+    found: list[Shrunk] = []
+    if loaded.opset_imports.get("", OLDEST_OPSET) >= OLDEST_OPSET:
+        overlays = build(loaded, infer(loaded, shapes))
+        for overlay in overlays:
+            run_passes(overlay.graph, [DetectLinear(), DetectConv(), FuseEpilogue()])
+        found = shrink_overlays(loaded, overlays)
+    _save(loaded, Path(output))
+    return found
 
 
 def bench(

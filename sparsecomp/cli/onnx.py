@@ -61,12 +61,22 @@ def optimize(
     plan: PlanFile = None,
     shape: Shapes = None,
     exclude: Exclude = None,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Only standard operations: remove dead units and channels, no library.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Write a model whose sparse layers run in kernels of their own, and the library for ONNX Runtime with these."""
     with errors_for_people():
         set_threads(threads)
         sizes = _sizes(shape)
+        if portable:
+            if target is not None or plan is not None or exclude:
+                raise ValueError("--portable chooses no kernels: it takes no --target, --plan or --exclude")
+            for layer in _api().shrink(model, output, shapes=sizes):
+                print(f"{layer.name}: {layer.removed} of {layer.units} units removed")
+            print(f"written to {output}, in standard operations")
+            return
         options = {"target": target, "plan": plan, "exclude": exclude}
         report = _api().optimize(model, output, options=options, shapes=sizes)
         library = _api().library_of(output)

@@ -12,9 +12,9 @@ import onnx_ir as ir
 from torch import Tensor
 
 from sparsecomp.frontends.onnx import Derived, Overlay
-from sparsecomp.frontends.onnx_fallback import DECODING_OPSET, Variant, function, index_of
+from sparsecomp.frontends.onnx_fallback import DECODING_OPSET, Variant, function, index_of, product_nodes
 from sparsecomp.frontends.onnx_shapes import all_graphs
-from sparsecomp.ir import ConvSite, Site
+from sparsecomp.ir import ConvSite, LinearSite, Site
 from sparsecomp.runtime.ort_library import DOMAIN, PackedWeight
 
 _LEAST_IR_VERSION = 8  # the first with model-local functions
@@ -64,6 +64,30 @@ def apply(model: ir.Model, replacements: Sequence[Replacement]) -> list[Variant]
 
 
 @dataclass
+class StandardSite:
+    """A site to be written anew in standard operations.
+
+    Attributes:
+        overlay: that it was found in.
+        site: as the passes left it.
+        weight: `[O, I]`, or that of the convolution.
+        bias: `[O]` or None; it takes the place of what the site adds and normalises.
+    """
+
+    overlay: Overlay
+    site: Site
+    weight: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32] | None
+
+
+def replace_with_standard(model: ir.Model, sites: Sequence[StandardSite]) -> None:
+    """Write sites anew, in place: their products with other weights and biases, and what follows them as it was."""
+    rewriter = _Rewriter(model, model.opset_imports.get("", 1))
+    for standard in sites:
+        rewriter.replace_standard(standard)
+
+
+@dataclass
 class _Rewriter:
     model: ir.Model
     opset: int
@@ -104,6 +128,42 @@ class _Rewriter:
         attributes = [ir.AttrInt64(name, packed.attributes[name]) for name in variant.attributes]
         node = ir.Node(DOMAIN, variant.name, [*operands, *arrays.values()], attributes, name=site.name)
         new_nodes.append(node)
+        self._put(overlay, site, new_nodes)
+        return variant
+
+    def replace_standard(self, standard: StandardSite) -> None:
+        """Put standard operations with other constants in the place of a site."""
+        overlay, site = standard.overlay, standard.site
+        nodes: list[ir.Node] = []
+        given = {"x": self._operand(overlay, site.x, nodes)}
+        matrix = isinstance(site, LinearSite)
+        stored = standard.weight.T if matrix else standard.weight
+        given["weight"] = self._initializer(overlay.owner, f"{site.name}.kept", stored)
+        if standard.bias is not None:
+            given["bias"] = self._initializer(overlay.owner, f"{site.name}.kept_bias", standard.bias)
+        if site.residual is not None:
+            given["residual"] = self._operand(overlay, site.residual, nodes)
+        conv = None if isinstance(site, LinearSite) else site
+        variant = Variant(
+            "",
+            1,
+            1,
+            site.activation,
+            standard.bias is not None,
+            site.residual is not None,
+            False,
+            residual_first=conv is not None and conv.residual_first,
+            window=None if conv is None else conv.window,
+            rank=2 if conv is None else conv.weight.ndim - 2,
+        )
+        nodes += product_nodes(given, given["weight"], variant, self.opset)
+        for node in nodes:
+            for value in node.outputs:
+                value.name = value.name or self._unique(f"{site.name}.value")
+        self._put(overlay, site, nodes)
+
+    def _put(self, overlay: Overlay, site: Site, new_nodes: list[ir.Node]) -> None:
+        """Put nodes, the last of which gives the value, in the place of a site."""
         old_value = overlay.origin(site.anchor)
         assert isinstance(old_value, ir.Value)
         old_nodes = list(dict.fromkeys(node for name in site.operations for node in overlay.nodes[name]))
@@ -111,11 +171,10 @@ class _Rewriter:
         anchor = old_value.producer()
         assert anchor is not None
         ir.convenience.replace_nodes_and_values(
-            overlay.owner, anchor, old_nodes, new_nodes, [old_value], [node.outputs[0]]
+            overlay.owner, anchor, old_nodes, new_nodes, [old_value], [new_nodes[-1].outputs[0]]
         )
-        self.replaced[old_value] = node.outputs[0]
+        self.replaced[old_value] = new_nodes[-1].outputs[0]
         _remove_unused(read)
-        return variant
 
     def _operand(self, overlay: Overlay, name: str, new_nodes: list[ir.Node]) -> ir.Value:
         origin = overlay.origin(name)

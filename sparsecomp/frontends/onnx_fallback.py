@@ -113,16 +113,7 @@ def function(variant: Variant, opset: int) -> ir.Function:
     inputs = {name: ir.Value(name=name) for name in variant.inputs}
     body = _Body(inputs, opset)
     weight = body.scattered() if variant.indexed else _DECODERS[variant.family](body, variant)
-    if variant.window is not None:
-        y = _convolved(body, weight, variant.window, variant)
-    else:
-        y = body.op.MatMul(inputs["x"], weight)
-        y = body.op.Add(y, inputs["bias"]) if variant.bias else y
-    if variant.residual and variant.residual_first:
-        y = body.op.Add(y, inputs["residual"])
-    y = body.activated(y, variant.activation)
-    if variant.residual and not variant.residual_first:
-        y = body.op.Add(y, inputs["residual"])
+    y = body.product(weight, variant)
     y.name = "y"
     for index, node in enumerate(body.op.nodes):
         for value in node.outputs:
@@ -130,6 +121,13 @@ def function(variant: Variant, opset: int) -> ir.Function:
     graph = ir.Graph(list(inputs.values()), [y], nodes=body.op.nodes, opset_imports={"": opset}, name=variant.name)
     attributes = [ir.Attr(name, ir.AttributeType.INT, None) for name in variant.attributes]
     return ir.Function(DOMAIN, variant.name, "", graph=graph, attributes=attributes)
+
+
+def product_nodes(inputs: dict[str, ir.Value], weight: ir.Value, variant: Variant, opset: int) -> Sequence[ir.Node]:
+    """The nodes that compute a variant from a dense weight, the one that gives the result last."""
+    body = _Body(inputs, opset)
+    body.product(weight, variant)
+    return body.op.nodes
 
 
 def index_of(
@@ -247,6 +245,21 @@ class _Body:
             return op.Reshape(op.Gather(values, index, axis=0), shape)
         zeros = self.zeros(op.ReduceProd(shape, axes=[0], keepdims=1), np.float32)
         return op.Reshape(op.ScatterElements(zeros, index, values, axis=0), shape)
+
+    def product(self, weight: ir.Value, variant: Variant) -> ir.Value:
+        """The product with a weight, and what follows it."""
+        op, inputs = self.op, self.inputs
+        if variant.window is not None:
+            y = _convolved(self, weight, variant.window, variant)
+        else:
+            y = op.MatMul(inputs["x"], weight)
+            y = op.Add(y, inputs["bias"]) if variant.bias else y
+        if variant.residual and variant.residual_first:
+            y = op.Add(y, inputs["residual"])
+        y = self.activated(y, variant.activation)
+        if variant.residual and not variant.residual_first:
+            y = op.Add(y, inputs["residual"])
+        return y
 
     def activated(self, x: ir.Value, activation: str) -> ir.Value:
         op = self.op
