@@ -119,7 +119,9 @@ def _remove_dead(site: Site, first: StandardSite, second: StandardSite) -> int:
         unmade &= constant == 0
     kept = ~(unread | unmade)
     if not kept.any():
-        kept[0] = True  # a dimension of none is more than most kernels expect
+        # A dimension of none is more than most kernels expect: one stays, and what it adds is in the bias already.
+        kept[0] = True
+        second.weight[:, 0] = 0
     first.weight, second.weight = first.weight[kept], second.weight[:, kept]
     first.bias = None if first.bias is None else first.bias[kept]
     return units - int(kept.sum())

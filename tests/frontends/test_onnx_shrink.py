@@ -45,7 +45,7 @@ def _ffn(w1: Any, b1: Any, w2: Any, activation: str = "Relu", opset: int = 17, *
     return cases.model_of(nodes, {"x": ["n", 8]}, {"w1": w1, "b1": b1, "w2": w2}, outputs=outputs, opset=opset)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     unread=st.sets(st.integers(0, 11)),
     unmade=st.sets(st.integers(0, 11)),
