@@ -137,7 +137,7 @@ def _products_in_bfloat16() -> AbstractContextManager[Any]:
 
     Elsewhere such products are emulated, and everything stays float32. Weights, errors and Adam are float32 anyway.
     """
-    has: dict[str, Any] = torch.cpu.get_capabilities()
+    has: Mapping[str, Any] = torch.cpu.get_capabilities()
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(has.get("avx512_bf16") or has.get("amx_bf16")))
 
 
