@@ -15,7 +15,7 @@ from kernel_cases import needs_x86
 from sparsecomp.runtime.cache import CACHE_VARIABLE
 from sparsecomp.targets import get_target
 from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
-from sparsecomp.targets.x86 import calibrate, calibration, cpu
+from sparsecomp.targets.x86 import calibrate, calibration, conv_calibrate, cpu
 from sparsecomp.targets.x86.target import X86Target, create
 
 Content = dict[str, Any]
@@ -170,6 +170,8 @@ def test_a_small_calibration(monkeypatch: pytest.MonkeyPatch, threads: None) -> 
     monkeypatch.setattr(calibrate, "SHAPES", ((64, 64), (96, 32), (40, 128)))
     monkeypatch.setattr(calibrate, "MEMORY_SHAPES", ((128, 128), (64, 256)))
     monkeypatch.setattr(calibrate, "MANY_TOKENS", (16, 64))
+    monkeypatch.setattr(conv_calibrate, "SHAPES", ((8, 16, 14, 1, 1), (8, 8, 14, 3, 1)))
+    monkeypatch.setattr(conv_calibrate, "DEPTHWISE_SHAPES", ((8, 14, 3, 1),))
     monkeypatch.setattr(calibrate, "_RUNS", (1, 3))
     torch.set_num_threads(2)
     before = get_target(None)
