@@ -126,7 +126,8 @@ def test_a_picture_without_matplotlib_says_what_to_install(monkeypatch: pytest.M
         plan().pareto().plot()
 
 
-def test_it_prints_as_a_table() -> None:
+def test_it_prints_as_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # narrower ones fold the cells
     text = str(plan().replan(max_latency="200 us"))
     assert "2 of 2 sites are pruned under a latency of at most 200 us" in text
     assert "(1.58 times as fast)" in text
