@@ -307,6 +307,7 @@ def test_what_looks_at_the_inputs_moves_the_outputs_less() -> None:
     assert errors["reconstructed"] < errors["sparsegpt"] < errors["magnitude"]
 
 
+@pytest.mark.slow
 def test_criteria_rank_on_a_real_model_as_published() -> None:
     model, tokenizer = minilm()
     batches = list(beginnings(tokenizer, lee("lee_background"), 64, most=32).split(8))
