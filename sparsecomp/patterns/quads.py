@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sparsecomp.patterns.rows import matched_pairs
+
 Int32 = npt.NDArray[np.int32]
 
 QUAD = 4
@@ -195,7 +197,7 @@ def _fours(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     pairs = []
     for part in (order[:whole].reshape(-1, _WINDOW), order[whole:].reshape(1, -1)):
         if part.size:
-            matched = _pairs(kept[part])
+            matched = matched_pairs(kept[part])
             pairs.append(np.take_along_axis(part[:, None, :], matched, axis=2).reshape(len(part), -1, 2))
     quads = []
     for windows in pairs:
@@ -204,20 +206,3 @@ def _fours(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         ranked = np.argsort(-common, axis=1, kind="stable")
         quads.append(np.take_along_axis(windows, ranked[..., None], axis=1).reshape(-1, QUAD))
     return np.concatenate(quads)
-
-
-def _pairs(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Pairs `[windows, rows / 2, 2]` for `kept [windows, rows, columns]`: each row takes the one that shares most."""
-    windows, rows, _ = kept.shape
-    masks = kept.astype(np.float32)
-    overlap = masks @ masks.transpose(0, 2, 1)
-    taken = np.zeros((windows, rows), np.float32)  # minus infinity for a row that has its partner
-    window = np.arange(windows)
-    pairs = np.empty((windows, rows // 2, 2), np.int64)
-    for turn in range(rows // 2):
-        first = taken.argmax(axis=1)  # the first free row of each window
-        taken[window, first] = -np.inf
-        second = (overlap[window, first] + taken).argmax(axis=1)
-        taken[window, second] = -np.inf
-        pairs[:, turn, 0], pairs[:, turn, 1] = first, second
-    return pairs

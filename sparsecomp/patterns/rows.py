@@ -175,7 +175,7 @@ class _Builder:
         padded[:rows, :inputs] = dense
         tiles = np.ascontiguousarray(padded.reshape(padded_rows, blocks, self._block).transpose(1, 0, 2))
         kept = tiles != 0
-        pairs = _matched(kept) if self._match else _neighbours(blocks, padded_rows)
+        pairs = matched_pairs(kept) if self._match else _neighbours(blocks, padded_rows)
         block_of = np.arange(blocks)[:, None]
         # The fuller row comes first: only it has columns left when the turns end.
         counts = kept.sum(axis=2)
@@ -242,7 +242,7 @@ def _neighbours(blocks: int, rows: int) -> npt.NDArray[np.int64]:
     return np.broadcast_to(np.arange(rows).reshape(1, -1, 2), (blocks, rows // 2, 2))
 
 
-def _matched(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def matched_pairs(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Pairs `[blocks, rows / 2, 2]` for `kept [blocks, rows, columns]`: each row takes the one that shares most.
 
     A greedy matching, done for all blocks in step.
