@@ -11,10 +11,11 @@ import torch
 from sparsecomp.ir import ConvSite, Operation, SparseGraph
 from sparsecomp.passes.base import Pass, PassResult
 from sparsecomp.passes.detect_linear import (
-    DTYPES,
     constant_reason,
     site_name,
+    storage_reason,
     type_name,
+    types_reason,
     unique_name,
     weight_changes,
 )
@@ -101,23 +102,14 @@ def _kind_reason(operation: Operation) -> str | None:
 
 def _why_declined(graph: SparseGraph, site: ConvSite, operation: Operation) -> str | None:
     x, weight = graph.operation(site.x), site.weight
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter):
-        return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    if weight.is_meta:
-        return "its weight is on the meta device and has no values"
-    if weight.layout != torch.strided:
-        return f"its weight has layout {weight.layout}; a dense tensor with zeros is expected"
+    if (reason := storage_reason(weight)) is not None:
+        return reason
     if weight.is_complex():
         return "it is a complex convolution, for which there is no sparse kernel"
     if weight.numel() == 0:
         return f"its weight has shape {tuple(weight.shape)} and no elements"
-    if weight.dtype not in DTYPES:
-        return f"its weight is {type_name(weight.dtype)}; there are kernels for {' and '.join(map(type_name, DTYPES))}"
-    if x.dtype is None or operation.dtype is None:
-        return "the shape and type of its input are not known, as of nested tensors"
-    if not weight.dtype == x.dtype == operation.dtype:
-        given = f"weight {type_name(weight.dtype)}, input {type_name(x.dtype)}, output {type_name(operation.dtype)}"
-        return f"it mixes types as under autocast ({given}); one type is expected"
+    if (reason := types_reason(x, weight, operation)) is not None:
+        return reason
     if len(x.shape) != weight.ndim:
         return f"its input has shape {list(x.sizes or ())}, without a batch dimension; add one (unsqueeze(0))"
     if not operation.contiguous:

@@ -189,23 +189,14 @@ def _constant_behind(graph: SparseGraph, operation: Operation) -> Operation | No
 
 def _why_declined(graph: SparseGraph, site: LinearSite, operation: Operation) -> str | None:
     x, weight = graph.operation(site.x), site.weight
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter):
-        return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    if weight.is_meta:
-        return "its weight is on the meta device and has no values"
-    if weight.layout != torch.strided:
-        return f"its weight has layout {weight.layout}; a dense tensor with zeros is expected"
+    if (reason := storage_reason(weight)) is not None:
+        return reason
     if weight.ndim != 2:
         return f"its weight has shape {tuple(weight.shape)}; a matrix is expected"
     if weight.numel() == 0:
         return f"its weight has shape {tuple(weight.shape)} and no elements"
-    if weight.dtype not in DTYPES:
-        return f"its weight is {type_name(weight.dtype)}; there are kernels for {' and '.join(map(type_name, DTYPES))}"
-    if x.dtype is None or operation.dtype is None:
-        return "the shape and type of its input are not known, as of nested tensors"
-    if not weight.dtype == x.dtype == operation.dtype:
-        given = f"weight {type_name(weight.dtype)}, input {type_name(x.dtype)}, output {type_name(operation.dtype)}"
-        return f"it mixes types as under autocast ({given}); one type is expected"
+    if (reason := types_reason(x, weight, operation)) is not None:
+        return reason
     if len(x.shape) < 2:
         return f"its input has shape {_shape(x.sizes)}; at least two dimensions are expected"
     if operation.sizes != (*(x.sizes or ())[:-1], site.out_features):
@@ -215,6 +206,29 @@ def _why_declined(graph: SparseGraph, site: LinearSite, operation: Operation) ->
     if not operation.contiguous:
         return "its output is not laid out row by row"
     return weight_changes(graph, site.weight_op)
+
+
+def storage_reason(weight: torch.Tensor) -> str | None:
+    """Why the values of a weight cannot be read, None if they can."""
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter):
+        return f"its weight is a {type(weight).__name__}, not a plain tensor"
+    if weight.is_meta:
+        return "its weight is on the meta device and has no values"
+    if weight.layout != torch.strided:
+        return f"its weight has layout {weight.layout}; a dense tensor with zeros is expected"
+    return None
+
+
+def types_reason(x: Operation, weight: torch.Tensor, operation: Operation) -> str | None:
+    """Why the types of input, weight and output do not fit a kernel, None if they do."""
+    if weight.dtype not in DTYPES:
+        return f"its weight is {type_name(weight.dtype)}; there are kernels for {' and '.join(map(type_name, DTYPES))}"
+    if x.dtype is None or operation.dtype is None:
+        return "the shape and type of its input are not known, as of nested tensors"
+    if not weight.dtype == x.dtype == operation.dtype:
+        given = f"weight {type_name(weight.dtype)}, input {type_name(x.dtype)}, output {type_name(operation.dtype)}"
+        return f"it mixes types as under autocast ({given}); one type is expected"
+    return None
 
 
 def weight_changes(graph: SparseGraph, weight: str) -> str | None:
