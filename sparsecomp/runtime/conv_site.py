@@ -100,18 +100,8 @@ _library.define(
 )
 
 
-def _conv(
-    x: Tensor,
-    terms: Tensor | None,
-    residual: Tensor | None,
-    site: int,
-    out_channels: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    extra: list[int],
-) -> Tensor:
+def _conv(x: Tensor, terms: Tensor | None, residual: Tensor | None, site: int, *_: object) -> Tensor:
+    # The window and the number of channels are for the shape alone, which `_conv_meta` works out.
     found = _sites.get(site)
     if found is None:
         raise RuntimeError(f"sparsecomp::conv was called for site {site}, which was released: compile the model again")
