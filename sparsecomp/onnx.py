@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,15 +33,15 @@ from sparsecomp.passes import DetectConv, DetectLinear, FuseEpilogue, run_passes
 from sparsecomp.planner import Plan, SiteChoice, decline
 from sparsecomp.report import Report
 from sparsecomp.runtime.facts import facts_of
-from sparsecomp.runtime.ort_library import OrtOperation
+from sparsecomp.runtime.ort_library import OrtForm, OrtOperation
 from sparsecomp.runtime.ort_library import build as build_library
-from sparsecomp.targets.base import Target
+from sparsecomp.targets.base import DENSE, Candidate, Target, WeightFacts
 from sparsecomp.window import Maps, Window
 
 if TYPE_CHECKING:
     from sparsecomp.runtime.ort_timing import Timing
     from sparsecomp.targets.x86.cpu import Level
-    from sparsecomp.targets.x86.ort import LibraryTarget
+    from sparsecomp.targets.x86.ort_target import Forms, LibraryTarget
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"
 """What a model may be given as."""
@@ -57,6 +58,7 @@ class _Planned:
     overlay: Overlay
     site: Site
     choice: SiteChoice
+    forms: Forms | None = None
 
 
 def inspect(
@@ -200,7 +202,7 @@ def library_of(output: str | os.PathLike[str]) -> Path:
 
 
 def _options(options: Options | Mapping[str, Any] | None) -> tuple[Options, LibraryTarget]:
-    from sparsecomp.targets.x86.ort import LibraryTarget
+    from sparsecomp.targets.x86.ort_target import LibraryTarget
 
     parsed = Options.parse(options)
     return parsed, LibraryTarget(parsed.resolve_target())
@@ -211,9 +213,10 @@ def _replacement(item: _Planned, level: Level) -> Replacement:
 
     site, candidate = item.site, item.choice.chosen
     if isinstance(site, LinearSite):
-        matrix = site.weight.t() if site.transposed else site.weight
-        shared = (site.weight_op, site.transposed, candidate)
-        return Replacement(item.overlay, site, matrix, shared, lambda weight: ort.pack(level, candidate, weight))
+        matrix, forms = site.weight.t() if site.transposed else site.weight, item.forms
+        assert forms is not None
+        shared = (site.weight_op, site.transposed, forms)
+        return Replacement(item.overlay, site, matrix, shared, lambda weight: ort.pack(level, forms, weight))
     window = site.window
     assert window is not None
     weight, bias = fold_norm(item.overlay, site)
@@ -230,18 +233,17 @@ def _operation(variant: Variant, level: Level, calls: Collection[tuple[Maps, int
     epilogue = Epilogue(variant.activation, variant.residual, variant.residual_first)
     opening = None
     if variant.window is None:
-        kernels = ort.kernels(level, variant.family, variant.v, epilogue)
+        forms = tuple(OrtForm(f.family, f.v, ort.kernels(level, f.family, f.v, epilogue)) for f in variant.forms)
     else:
         kernels, opening = ort.conv_kernels(level, variant.window, epilogue, calls)
+        forms = (OrtForm("conv", 1, kernels),)
     return OrtOperation(
         name=variant.name,
-        family=variant.family,
+        forms=forms,
         bias=variant.bias,
         residual=variant.residual,
         indexed=variant.indexed,
         lanes=level.lanes,
-        v=variant.v,
-        kernels=kernels,
         window=variant.window,
         rank=variant.rank,
         opening=opening,
@@ -262,7 +264,7 @@ def _save(model: ir.Model, path: Path) -> None:
 
 
 def _plan(
-    model: ir.Model, options: Options, target: Target, shapes: Mapping[str, Sequence[int]] | None
+    model: ir.Model, options: Options, target: LibraryTarget, shapes: Mapping[str, Sequence[int]] | None
 ) -> list[_Planned]:
     """Find the sites of all graphs of a model and choose what each becomes."""
     planned: list[_Planned] = []
@@ -276,17 +278,87 @@ def _plan(
             taken[site.name] = taken.get(site.name, 0) + 1
             if taken[site.name] > 1:
                 site.name = f"{site.name}#{taken[site.name]}"
-            planned.append(_Planned(overlay, site, _choose(overlay, site, options, target)))
+            planned.append(_choose(overlay, site, options, target))
     return planned
 
 
-def _choose(overlay: Overlay, site: Site, options: Options, target: Target) -> SiteChoice:
+def _choose(overlay: Overlay, site: Site, options: Options, target: LibraryTarget) -> _Planned:
     known = not site.weight.is_meta and site.weight.ndim >= 2 and site.weight.numel() > 0
     facts = facts_of(site.weight, site.transposed) if known else None
     reason = site.declined or _why_dense(overlay, site, options)
     if reason is not None or facts is None:
-        return decline(site, reason or "its weight cannot be read", facts)
-    return SiteChooser(site, target, options).choice(facts)
+        return _Planned(overlay, site, decline(site, reason or "its weight cannot be read", facts))
+    chooser = SiteChooser(site, target, options)
+    choice = chooser.choice(facts)
+    if choice.chosen.is_dense:
+        return _Planned(overlay, site, choice)
+    asked = None if options.plan is None else options.plan.site(site.name, site.tokens)
+    forced = asked is not None and asked.chosen == choice.chosen
+    if isinstance(site, ConvSite):
+        slower = None if forced else _slower_maps(overlay, site, chooser, facts, target, choice.chosen)
+        forms = None
+    else:
+        forms, slower = _forms(
+            overlay, site, chooser, facts, target, choice, every=asked is not None and forced and asked.tokens == 0
+        )
+        slower = None if forced else slower
+        if len(forms.candidates) > 1:
+            choice = replace(choice, reason=f"{choice.reason}; {forms}")
+    if slower is not None:
+        choice = replace(choice, chosen=DENSE, reason=f"dense: {slower}")
+    return _Planned(overlay, site, choice, forms)
+
+
+def _forms(
+    overlay: Overlay,
+    site: LinearSite,
+    chooser: SiteChooser,
+    facts: WeightFacts,
+    target: LibraryTarget,
+    choice: SiteChoice,
+    *,
+    every: bool,
+) -> tuple[Forms, str | None]:
+    """The forms of a weight, and where a call would be slower than dense.
+
+    `every` says that the chosen form is for every number of tokens.
+    """
+    from sparsecomp.targets.x86.ort_target import Forms, choose_forms, slower_than_dense
+
+    leading = (overlay.graph.operation(site.x).sizes or ())[:-1]
+    if every or all(isinstance(size, int) for size in leading):
+        return Forms((choice.chosen,)), None
+
+    def price(candidate: Candidate, tokens: int) -> float:
+        return target.predict(candidate, chooser.problem(facts, tokens))
+
+    offered = [item.candidate for item in choice.predictions if not item.candidate.is_dense]
+    # What was forced may not be among those that are offered for the sizes of the report.
+    offered = list(
+        dict.fromkeys(
+            [*offered, *(c for c in target.candidates(facts) if c.pattern == choice.chosen.pattern and not c.is_dense)]
+        )
+    )
+    unit = prod(size for size in leading if isinstance(size, int))
+    forms = choose_forms(price, offered, choice.chosen, max(unit, 1))
+    return forms, slower_than_dense(price, forms, max(unit, 1))
+
+
+def _slower_maps(
+    overlay: Overlay, site: ConvSite, chooser: SiteChooser, facts: WeightFacts, target: LibraryTarget, chosen: Candidate
+) -> str | None:
+    """The maps, of those that a call may have, at which a convolution would be slower than dense; None for none."""
+    from sparsecomp.targets.x86.ort_target import slower_maps
+
+    sizes = overlay.graph.operation(site.x).sizes or ()
+    images, height, width = (
+        isinstance(size, str) for size in (sizes[0], sizes[2] if len(sizes) == 4 else 1, sizes[-1])
+    )
+
+    def price(candidate: Candidate, maps: Maps) -> float:
+        return target.predict(candidate, chooser.problem(facts, maps))
+
+    return slower_maps(price, chosen, site.maps, (images, height, width))
 
 
 def _why_dense(overlay: Overlay, site: Site, options: Options) -> str | None:

@@ -18,6 +18,8 @@ from onnx.reference import ReferenceEvaluator
 import sparsecomp.onnx
 from sparsecomp.report import Report
 from sparsecomp.targets.base import Candidate
+from sparsecomp.targets.x86 import ort_target
+from sparsecomp.targets.x86.ort_target import FULL, Forms
 
 Feeds = Mapping[str, Any]
 KERNELS = {
@@ -96,13 +98,16 @@ def small_sizes(model: onnx.ModelProto) -> dict[str, list[int]]:
 
 
 def forced(model: onnx.ModelProto, kernel: str | None = None) -> dict[str, Any]:
-    """Options with a plan under which every site with zeros becomes sparse, of that kernel if one is given."""
+    """Options with a plan: every site with zeros is sparse at every number of tokens, if it can be of that kernel."""
     report = sparsecomp.onnx.inspect(model, shapes=small_sizes(model))
     sites = []
     for choice in report.plan.sites:
         sparse = [item.candidate for item in choice.predictions if not item.candidate.is_dense]
         if sparse:
-            sites.append(dataclasses.replace(choice, chosen=KERNELS[kernel] if kernel else sparse[0]))
+            wanted = KERNELS[kernel] if kernel else sparse[0]
+            offered = [item.kernel for item in sparse]
+            chosen = wanted if wanted.kernel in offered else sparse[0]
+            sites.append(dataclasses.replace(choice, chosen=chosen, tokens=0))
     return {"plan": dataclasses.replace(report.plan, sites=sites)}
 
 
@@ -112,6 +117,22 @@ def optimized(model: onnx.ModelProto, folder: Path, *, kernel: str | None = None
     report = sparsecomp.onnx.optimize(model, output, options=forced(model, kernel), shapes=small_sizes(model))
     onnx.checker.check_model(str(output), full_check=True)
     return output, report
+
+
+SEVERAL = Forms((KERNELS["gather"], FULL, KERNELS["rows"]), ((2, 0), (6, 1), (100, 2)))
+"""A weight in all kinds of forms: up to 2 tokens, up to 6, and more."""
+
+
+def optimized_in_forms(model: onnx.ModelProto, folder: Path, forms: Forms = SEVERAL) -> Path:
+    """Optimise a model whose sites all hold their weights in these forms, whatever the cost model says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ort_target, "choose_forms", lambda *_: forms)
+        options = forced(model)
+        sites = [dataclasses.replace(site, tokens=1) for site in options["plan"].sites]
+        options = {"plan": dataclasses.replace(options["plan"], sites=sites)}
+        sparsecomp.onnx.optimize(model, folder / "model.onnx", options=options)
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    return folder / "model.onnx"
 
 
 def check_everywhere(

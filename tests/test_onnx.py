@@ -52,8 +52,7 @@ def test_paraphrase_model(tmp_path: Path) -> None:
     assert {choice.activation for choice in report} == {"none", "gelu"}
     assert sum(choice.residual for choice in report) == 6
     assert len(report.rewritten) == 18
-    assert output.stat().st_size < len(model.SerializeToString())
-    for batch, tokens in ((1, 128), (3, 17), (1, 1)):
+    for batch, tokens in ((1, 128), (3, 17), (1, 5), (1, 1)):
         feeds = cases.token_feeds(batch, tokens)
         expected = cases.session(model).run(None, feeds)
         assert _largest_error(cases.session(output).run(None, feeds), expected) <= 1e-6
@@ -88,6 +87,22 @@ def test_a_dense_model_is_left_as_it_is_and_has_no_library(tmp_path: Path) -> No
     assert not report.rewritten
     assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
     assert onnx.load(tmp_path / "m.onnx").graph.node == model.graph.node
+
+
+def test_a_fixed_number_of_tokens_needs_one_form(tmp_path: Path) -> None:
+    model = cases.linear_model(W)
+    dynamic = sparsecomp.onnx.optimize(model, tmp_path / "dynamic.onnx", shapes={"x": [128, 384]})
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 128
+    fixed = sparsecomp.onnx.optimize(model, tmp_path / "fixed.onnx")
+    assert [choice.chosen for choice in fixed] == [choice.chosen for choice in dynamic]
+    assert "tokens, then" in dynamic.plan.sites[0].reason
+    assert "tokens, then" not in fixed.plan.sites[0].reason
+    (one,), (several,) = (onnx.load(tmp_path / f"{name}.onnx").graph.node for name in ("fixed", "dynamic"))
+    assert "choice" not in " ".join(one.input)
+    assert "choice" in " ".join(several.input)
+    assert (tmp_path / "fixed.onnx").stat().st_size < W.nbytes / 4
+    for tokens in (1, 5, 128):
+        cases.check_everywhere(cases.linear_model(W), tmp_path / "dynamic.onnx", {"x": X[:tokens]}, tolerance=1e-4)
 
 
 def test_options(model_file: Path, tmp_path: Path) -> None:

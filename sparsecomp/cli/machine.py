@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -32,12 +33,16 @@ def info(
 
 
 def calibrate() -> None:
-    """Measure this machine for the cost model, in under a minute; the result is kept in the cache folder."""
+    """Measure this machine for the cost model, in about a minute; the result is kept in the cache folder."""
     with errors_for_people():
         from sparsecomp.targets.x86.calibrate import calibrate as measure
 
         print("measuring; other work on the machine would spoil the result ...", file=sys.stderr)
         print(measure())
+        if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+            from sparsecomp.targets.x86.ort_calibrate import calibrate as measure_ort
+
+            print(f"\nONNX Runtime: {measure_ort()}")
 
 
 def _processor() -> str:

@@ -12,7 +12,16 @@ import onnx_ir as ir
 from torch import Tensor
 
 from sparsecomp.frontends.onnx import Derived, Overlay
-from sparsecomp.frontends.onnx_fallback import DECODING_OPSET, Variant, function, index_of, product_nodes
+from sparsecomp.frontends.onnx_fallback import (
+    CHOICE,
+    DECODING_OPSET,
+    FULL_OPSET,
+    Form,
+    Variant,
+    function,
+    index_of,
+    product_nodes,
+)
 from sparsecomp.frontends.onnx_shapes import all_graphs
 from sparsecomp.ir import ConvSite, LinearSite, Site
 from sparsecomp.runtime.ort_library import DOMAIN, PackedWeight
@@ -105,14 +114,13 @@ class _Rewriter:
         overlay, site = replacement.overlay, replacement.site
         packed, arrays = self._packed(replacement)
         conv = site if isinstance(site, ConvSite) else None
+        forms = _forms(packed)
         variant = Variant(
-            packed.family,
-            packed.v,
-            packed.width,
+            forms,
             site.activation,
             site.bias is not None or replacement.bias is not None,
             site.residual is not None,
-            self.opset < DECODING_OPSET,
+            self._indexed(forms),
             residual_first=conv is not None and conv.residual_first,
             window=None if conv is None else conv.window,
             rank=2 if conv is None else conv.weight.ndim - 2,
@@ -145,13 +153,10 @@ class _Rewriter:
             given["residual"] = self._operand(overlay, site.residual, nodes)
         conv = None if isinstance(site, LinearSite) else site
         variant = Variant(
-            "",
-            1,
-            1,
+            (),
             site.activation,
             standard.bias is not None,
             site.residual is not None,
-            False,
             residual_first=conv is not None and conv.residual_first,
             window=None if conv is None else conv.window,
             rank=2 if conv is None else conv.weight.ndim - 2,
@@ -193,15 +198,24 @@ class _Rewriter:
         key = (replacement.key, replacement.overlay.owner)
         if key not in self.packed:
             packed = replacement.pack(replacement.weight)
-            arrays = dict(packed.arrays)
-            if self.opset < DECODING_OPSET:
+            forms = _forms(packed)
+            variant = Variant(forms, "none", bias=False, residual=False)
+            arrays: dict[str, npt.NDArray[Any]] = {} if packed.choice is None else {CHOICE: packed.choice}
+            for form, part in zip(forms, packed.forms, strict=True):
+                arrays.update(zip(variant.arrays(form), part.arrays.values(), strict=True))
+            if self._indexed(forms):
+                place = forms.index(variant.decoded)
                 weight = replacement.weight.float().numpy()
-                arrays["index"] = index_of(_values_of(replacement.pack), weight, self.opset)
+                arrays["index"] = index_of(_values_of(replacement.pack, place), weight, self.opset)
                 arrays["shape"] = np.array(weight.shape[::-1] if weight.ndim == 2 else weight.shape, np.int64)
             owner, stem = replacement.overlay.owner, replacement.site.name
             values = {name: self._initializer(owner, f"{stem}.{name}", array) for name, array in arrays.items()}
             self.packed[key] = packed, values
         return self.packed[key]
+
+    def _indexed(self, forms: tuple[Form, ...]) -> bool:
+        full = any(form.family == "full" for form in forms)
+        return self.opset < (FULL_OPSET if full else DECODING_OPSET)
 
     def _initializer(self, graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
         tensor = ir.tensor(np.ascontiguousarray(array), name=self._unique(name))
@@ -220,10 +234,17 @@ class _Rewriter:
         return candidate
 
 
-def _values_of(pack: Callable[[Tensor], PackedWeight]) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+def _forms(packed: PackedWeight) -> tuple[Form, ...]:
+    return tuple(Form(part.family, part.v, part.width) for part in packed.forms)
+
+
+def _values_of(
+    pack: Callable[[Tensor], PackedWeight], place: int
+) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+    """Gives the values of a form of a weight."""
     from torch import from_numpy
 
-    return lambda weight: pack(from_numpy(weight)).arrays["values"]
+    return lambda weight: pack(from_numpy(weight)).forms[place].arrays["values"]
 
 
 def _remove_unused(values: list[ir.Value]) -> None:

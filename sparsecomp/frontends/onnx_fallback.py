@@ -7,7 +7,6 @@ arrays by themselves. Older opsets lack the operations for that: there the node 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.tape import Tape
 
+from sparsecomp.frontends.onnx_body import Body
 from sparsecomp.runtime.ort_library import DOMAIN
 from sparsecomp.window import Window
 
@@ -24,6 +23,8 @@ DECODING_OPSET = 16
 """From this opset on a function decodes the packed arrays; below it takes `index` and `shape` instead."""
 SCATTER_OPSET = 11
 """From this opset on `index` says where every value goes; below it where every entry of the weight comes from."""
+FULL_OPSET = 12
+"""From this opset on a function decodes a dense weight in panels."""
 OLDEST_OPSET = 9
 
 _TITLES = {
@@ -36,19 +37,49 @@ _TITLES = {
     "hardswish": "HardSwish",
 }
 _WEIGHTS = {
-    "rows": ("values", "columns", "pairs", "rows"),
+    "rows": ("values", "columns", "quads", "starts"),
     "panel": ("values", "columns", "ptr"),
     "gather": ("values", "columns", "ptr"),
     "mask": ("values", "masks", "ptr"),
     "conv": ("values", "columns", "quads", "starts"),
+    "full": ("values",),
 }
+_EASIEST = ("full", "panel", "gather", "mask", "rows", "conv")
 _ATTRIBUTES = {
     "rows": ("outputs", "inputs", "chunk", "block"),
     "conv": ("outputs", "inputs", "chunk", "block", "vectors"),
 }
 _SIZES = ("outputs", "inputs")
+CHOICE = "choice"
+"""Input with several forms: int32 `[ranges, 2]`, up to so many tokens the number of the form; read by the library."""
 INDEXED = ("index", "shape")
 """Inputs of the form for old opsets: int32, see `index_of`; int64, the shape that the weight has in ONNX."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A packed form of a weight.
+
+    Attributes:
+        family: of kernels: `rows`, `panel`, `gather`, `mask`, `conv`, or `full`, a dense weight in panels.
+        v: rows of a panel, entries of a group (gather), else 1.
+        width: rows of a panel whose values lie together (panel), else 1.
+    """
+
+    family: str
+    v: int = 1
+    width: int = 1
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of its arrays, in order."""
+        return _WEIGHTS[self.family]
+
+    @property
+    def title(self) -> str:
+        """Its part of the name of an operation."""
+        by = f"By{self.width}" if self.width > 1 and self.width != self.v else ""
+        return f"{self.family.title()}{self.v if self.v > 1 else ''}{by}"
 
 
 @dataclass(frozen=True)
@@ -56,9 +87,7 @@ class Variant:
     """An operation of the domain; equal ones share a function and an entry of the library.
 
     Attributes:
-        family: of kernels: `rows`, `panel`, `gather`, `mask` or `conv`.
-        v: rows of a panel, entries of a group (gather), else 1.
-        width: rows of a panel whose values lie together, else 1.
+        forms: of the weight; with several the node brings a table of which to use at how many tokens.
         activation: as in `sparsecomp.ir.ACTIVATIONS`.
         bias: whether a bias is added.
         residual: whether a residual is added last.
@@ -68,39 +97,48 @@ class Variant:
         rank: dimensions of its maps, 1 or 2.
     """
 
-    family: str
-    v: int
-    width: int
+    forms: tuple[Form, ...]
     activation: str
     bias: bool
     residual: bool
-    indexed: bool
+    indexed: bool = False
     residual_first: bool = False
     window: Window | None = None
     rank: int = 2
 
     @property
+    def decoded(self) -> Form:
+        """The form that the function unpacks: the one that is unpacked with the least work."""
+        return min(self.forms, key=lambda form: _EASIEST.index(form.family))
+
+    @property
     def name(self) -> str:
         """Type of the operation: a name of its own for every variant, since overloads of functions are not safe."""
         if self.window is None:
-            form = f"Linear{self.family.title()}{self.v if self.v > 1 else ''}"
-            form += f"By{self.width}" if self.width > 1 and self.width != self.v else ""
+            form = "Linear" + "".join(form.title for form in self.forms)
         else:
             form = f"Conv{self.rank}d{_window_title(self.window, self.rank)}"
         after = [_TITLES[self.activation], "Add" if self.residual else ""]
         parts = (form, "Indexed" if self.indexed else "", "Bias" if self.bias else "")
         return "".join((*parts, *(reversed(after) if self.residual_first else after)))
 
+    def arrays(self, form: Form) -> tuple[str, ...]:
+        """Names of the inputs that hold the arrays of a form, in order."""
+        prefix = f"{form.family}_" if len(self.forms) > 1 else ""
+        return tuple(prefix + name for name in form.arrays)
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
         operands = ("x", *(("bias",) if self.bias else ()), *(("residual",) if self.residual else ()))
-        return (*operands, *_WEIGHTS[self.family], *(INDEXED if self.indexed else ()))
+        choice = (CHOICE,) if len(self.forms) > 1 else ()
+        arrays = (name for form in self.forms for name in self.arrays(form))
+        return (*operands, *choice, *arrays, *(INDEXED if self.indexed else ()))
 
     @property
     def attributes(self) -> tuple[str, ...]:
         """Names of the attributes, all int64."""
-        return _ATTRIBUTES.get(self.family, _SIZES)
+        return next((_ATTRIBUTES[form.family] for form in self.forms if form.family in _ATTRIBUTES), _SIZES)
 
 
 def function(variant: Variant, opset: int) -> ir.Function:
@@ -111,9 +149,11 @@ def function(variant: Variant, opset: int) -> ir.Function:
         opset: of the model, which the function imports too.
     """
     inputs = {name: ir.Value(name=name) for name in variant.inputs}
-    body = _Body(inputs, opset)
-    weight = body.scattered() if variant.indexed else _DECODERS[variant.family](body, variant)
-    y = body.product(weight, variant)
+    body = Body(dict(inputs), opset)
+    form = variant.decoded
+    body.inputs.update({plain: inputs[name] for plain, name in zip(form.arrays, variant.arrays(form), strict=True)})
+    weight = _scattered(body) if variant.indexed else _DECODERS[form.family](body, variant)
+    y = _product(body, weight, variant)
     y.name = "y"
     for index, node in enumerate(body.op.nodes):
         for value in node.outputs:
@@ -125,8 +165,8 @@ def function(variant: Variant, opset: int) -> ir.Function:
 
 def product_nodes(inputs: dict[str, ir.Value], weight: ir.Value, variant: Variant, opset: int) -> Sequence[ir.Node]:
     """The nodes that compute a variant from a dense weight, the one that gives the result last."""
-    body = _Body(inputs, opset)
-    body.product(weight, variant)
+    body = Body(inputs, opset)
+    _product(body, weight, variant)
     return body.op.nodes
 
 
@@ -161,236 +201,55 @@ def index_of(
     return source
 
 
-class _Emitter:
-    """Emits a node by the name of its type: `op.Add(a, b)`."""
-
-    def __init__(self) -> None:
-        self._tape = Tape()
-
-    @property
-    def nodes(self) -> Sequence[ir.Node]:
-        """What was emitted."""
-        return self._tape.nodes
-
-    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
-        return lambda *inputs, **attributes: self._tape.op(op_type, inputs, attributes)
+def _scattered(body: Body) -> ir.Value:
+    """The weight `[I, O]`, or that of a convolution, for old opsets."""
+    op, index, shape, values = body.op, *(body.inputs[name] for name in (*INDEXED, "values"))
+    if body.opset < SCATTER_OPSET:
+        values = op.Concat(body.constant([0.0], np.float32), values, axis=0)
+        return op.Reshape(op.Gather(values, index, axis=0), shape)
+    zeros = body.zeros(op.ReduceProd(shape, axes=[0], keepdims=1), np.float32)
+    return op.Reshape(op.ScatterElements(zeros, index, values, axis=0), shape)
 
 
-class _Body:
-    """Emits the nodes of a function; integers are int32."""
-
-    def __init__(self, inputs: dict[str, ir.Value], opset: int) -> None:
-        self.inputs = inputs
-        self.op = _Emitter()
-        self._opset = opset
-        self._constants: dict[tuple[Any, ...], ir.Value] = {}
-
-    def constant(self, value: Any, dtype: Any = np.int32) -> ir.Value:
-        array = np.asarray(value, dtype)
-        key = (array.tobytes(), array.shape, array.dtype.str)
-        if key not in self._constants:
-            self._constants[key] = self.op.Constant(value=ir.tensor(array))
-        return self._constants[key]
-
-    def attribute(self, name: str) -> ir.Value:
-        """The attribute of the node, as a scalar."""
-        value = self.op.Constant(value_int=ir.RefAttr("value_int", name, ir.AttributeType.INT))
-        return self.int32(value)
-
-    def int32(self, value: ir.Value) -> ir.Value:
-        return self.op.Cast(value, to=ir.DataType.INT32)
-
-    def zeros(self, shape: ir.Value, dtype: Any) -> ir.Value:
-        return self.op.ConstantOfShape(shape, value=ir.tensor(np.zeros(1, dtype)))
-
-    def range(self, count: ir.Value) -> ir.Value:
-        return self.op.Range(self.constant(0), count, self.constant(1))
-
-    def flat(self, value: ir.Value) -> ir.Value:
-        return self.op.Reshape(value, self.constant([-1], np.int64))
-
-    def owners(self, starts: ir.Value, like: ir.Value) -> ir.Value:
-        """For every entry of `like` the part that it is in; part p begins at `starts[p]`.
-
-        Every start but the first is marked, with the number of parts that begin there, and the marks are summed: an
-        empty part begins where the next one does. (ONNX Runtime folds no `NonZero`, which could leave them out.)
-        """
-        op, one = self.op, self.constant([1], np.int64)
-        later = op.Slice(starts, one, op.Shape(starts))
-        # Parts that are empty at the end begin behind the last entry.
-        marks = self.zeros(op.Add(op.Shape(like), one), np.int32)
-        ones = op.Add(self.zeros(op.Shape(later), np.int32), self.constant(1))
-        marks = op.ScatterElements(marks, later, ones, axis=0, reduction="add")
-        return op.CumSum(op.Slice(marks, self.constant([0], np.int64), op.Shape(like)), self.constant(0))
-
-    def placed(
-        self, place: ir.Value, values: ir.Value, *, spare: bool = False, shape: tuple[str, str] = ("inputs", "outputs")
-    ) -> ir.Value:
-        """A matrix from values and their places; with `spare` one place more is for what does not count."""
-        op = self.op
-        sizes = [op.Cast(self.attribute(name), to=ir.DataType.INT64) for name in shape]
-        one = self.constant([1], np.int64)
-        count = op.Reshape(op.Mul(*sizes), one)
-        room = op.Add(count, one) if spare else count
-        dense = op.ScatterElements(self.zeros(room, np.float32), place, values, axis=0)
-        if spare:
-            dense = op.Slice(dense, self.constant([0], np.int64), count)
-        return op.Reshape(dense, op.Concat(*(op.Reshape(size, one) for size in sizes), axis=0))
-
-    def scattered(self) -> ir.Value:
-        """The weight `[I, O]` for old opsets."""
-        op, index, shape, values = self.op, *(self.inputs[name] for name in (*INDEXED, "values"))
-        if self._opset < SCATTER_OPSET:
-            values = op.Concat(self.constant([0.0], np.float32), values, axis=0)
-            return op.Reshape(op.Gather(values, index, axis=0), shape)
-        zeros = self.zeros(op.ReduceProd(shape, axes=[0], keepdims=1), np.float32)
-        return op.Reshape(op.ScatterElements(zeros, index, values, axis=0), shape)
-
-    def product(self, weight: ir.Value, variant: Variant) -> ir.Value:
-        """The product with a weight, and what follows it."""
-        op, inputs = self.op, self.inputs
-        if variant.window is not None:
-            y = _convolved(self, weight, variant.window, variant)
-        else:
-            y = op.MatMul(inputs["x"], weight)
-            y = op.Add(y, inputs["bias"]) if variant.bias else y
-        if variant.residual and variant.residual_first:
-            y = op.Add(y, inputs["residual"])
-        y = self.activated(y, variant.activation)
-        if variant.residual and not variant.residual_first:
-            y = op.Add(y, inputs["residual"])
-        return y
-
-    def activated(self, x: ir.Value, activation: str) -> ir.Value:
-        op = self.op
-
-        def number(value: float) -> ir.Value:
-            return self.constant(value, np.float32)
-
-        if activation == "relu":
-            return op.Relu(x)
-        if activation == "relu6":
-            if self._opset < 11:
-                return op.Clip(x, min=0.0, max=6.0)
-            return op.Clip(x, number(0.0), number(6.0))
-        if activation == "hardswish":
-            return op.Mul(x, op.HardSigmoid(x, alpha=1 / 6, beta=0.5))
-        if activation == "silu":
-            return op.Mul(x, op.Sigmoid(x))
-        if activation == "gelu":  # in the form that ONNX Runtime fuses
-            erf = op.Erf(op.Div(x, number(math.sqrt(2))))
-            return op.Mul(op.Mul(x, op.Add(erf, number(1.0))), number(0.5))
-        if activation == "gelu_tanh":
-            cube = op.Mul(op.Mul(x, x), x)
-            inner = op.Mul(op.Add(x, op.Mul(cube, number(0.044715))), number(math.sqrt(2 / math.pi)))
-            return op.Mul(op.Mul(x, op.Add(op.Tanh(inner), number(1.0))), number(0.5))
-        return x
+def _product(body: Body, weight: ir.Value, variant: Variant) -> ir.Value:
+    """The product with a weight, and what follows it."""
+    op, inputs = body.op, body.inputs
+    if variant.window is not None:
+        y = _convolved(body, weight, variant.window, variant)
+    else:
+        y = op.MatMul(inputs["x"], weight)
+        y = op.Add(y, inputs["bias"]) if variant.bias else y
+    if variant.residual and variant.residual_first:
+        y = op.Add(y, inputs["residual"])
+    y = body.activated(y, variant.activation)
+    if variant.residual and not variant.residual_first:
+        y = op.Add(y, inputs["residual"])
+    return y
 
 
-def _decode_rows(body: _Body, variant: Variant) -> ir.Value:
-    """See `sparsecomp.patterns.rows`: of every value its pair, from that its row and its column."""
-    op, inputs, constant = body.op, body.inputs, body.constant
+def _decode_rows(body: Body, variant: Variant) -> ir.Value:
+    op = body.op
     outputs, width, chunk, block = (body.attribute(name) for name in variant.attributes)
-    two = constant(2)
-    value0, column0, both, turns = (op.Gather(inputs["pairs"], constant(field), axis=1) for field in range(4))
-    pair = body.owners(value0, inputs["values"])
-
-    def of_pair(values: ir.Value) -> ir.Value:
-        return op.Gather(values, pair, axis=0)
-
-    step = op.Sub(body.range(body.int32(op.Size(inputs["values"]))), of_pair(value0))
-    shared = of_pair(op.Mul(both, two))
-    alternating = op.Less(step, of_pair(op.Mul(op.Add(both, turns), two)))
-    member = op.Where(alternating, op.Mod(step, two), constant(0))
-    entry = op.Where(op.Less(step, shared), op.Div(step, two), op.Sub(step, of_pair(both)))
-    column = body.int32(op.Gather(inputs["columns"], op.Add(of_pair(column0), entry), axis=0))
-    row = op.Gather(body.flat(inputs["rows"]), op.Add(op.Mul(pair, two), member), axis=0)
-
-    # Pairs stand chunk by chunk, in a chunk block by block.
-    one = constant(1)
-    blocks = op.Div(op.Sub(op.Add(width, block), one), block)
-    number = body.range(body.int32(op.Size(value0)))
-    whole = op.Mul(blocks, op.Div(chunk, two))
-    at = op.Div(number, whole)
-    rest = op.Sub(outputs, op.Mul(at, chunk))
-    members = op.Where(op.Less(rest, chunk), rest, chunk)
-    pairs_of_block = op.Div(op.Add(members, one), two)
-    at_block = op.Div(op.Sub(number, op.Mul(at, whole)), pairs_of_block)
-    row = op.Add(row, of_pair(op.Mul(at, chunk)))
-    column = op.Add(column, of_pair(op.Mul(at_block, block)))
-    return body.placed(op.Add(op.Mul(column, outputs), row), inputs["values"])
+    row, column, padding = _decode_quads(body, (outputs, width), (chunk, block), 1)
+    place = op.Where(padding, op.Mul(outputs, width), op.Add(op.Mul(column, outputs), row))
+    return body.placed(place, body.inputs["values"], spare=True)
 
 
-def _parts(body: _Body) -> tuple[ir.Value, ir.Value]:
-    """Starts and counts of the parts that `ptr` bounds."""
-    op, ptr = body.op, body.inputs["ptr"]
-    start = op.Slice(ptr, *(body.constant([at], np.int64) for at in (0, -1)))
-    stop = op.Slice(ptr, body.constant([1], np.int64), op.Shape(ptr))
-    return start, op.Sub(stop, start)
+def _decode_quads(
+    body: Body, shape: tuple[ir.Value, ir.Value], sizes: tuple[ir.Value, ir.Value], groups: int
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Row and column of every value, and whether it is padding (a zero), whose place means nothing.
 
+    See `sparsecomp.patterns.quads`: of every value its quad, from that its row and its column.
 
-def _decode_panel(body: _Body, variant: Variant) -> ir.Value:
-    """See `sparsecomp.patterns.panel`, and `kernels.panel.weights` for the order of the values of a panel."""
+    Args:
+        body: of the function.
+        shape: (O, K) of the weight.
+        sizes: rows of a chunk, columns of a block.
+        groups: of rows.
+    """
     op, inputs, constant = body.op, body.inputs, body.constant
-    start, count = _parts(body)
-    columns = inputs["columns"]
-    panel = body.owners(start, columns)
-
-    def upright(values: ir.Value) -> ir.Value:
-        return op.Reshape(values, constant([-1, 1], np.int64))
-
-    first = op.Gather(start, panel, axis=0)
-    step = op.Sub(body.range(body.int32(op.Size(columns))), first)
-    lanes = np.arange(variant.v)
-    base = upright(op.Add(op.Mul(first, constant(variant.v)), op.Mul(step, constant(variant.width))))
-    part = op.Mul(upright(op.Gather(count, panel, axis=0)), constant(lanes // variant.width * variant.width))
-    values = op.Gather(inputs["values"], op.Add(op.Add(base, part), constant(lanes % variant.width)), axis=0)
-
-    panels = body.int32(op.Size(count))
-    place = op.Cast(upright(op.Add(op.Mul(columns, panels), panel)), to=ir.DataType.INT64)
-    one, wide = constant([1], np.int64), constant([variant.v], np.int64)
-    width, outputs = (op.Cast(body.attribute(name), to=ir.DataType.INT64) for name in ("inputs", "outputs"))
-    count64 = op.Size(count)
-    rows = op.Reshape(op.Mul(width, count64), one)
-    dense = op.ScatterND(body.zeros(op.Concat(rows, wide, axis=0), np.float32), place, values)
-    padded = op.Reshape(op.Mul(count64, constant(variant.v, np.int64)), one)
-    dense = op.Reshape(dense, op.Concat(op.Reshape(width, one), padded, axis=0))
-    return op.Slice(dense, constant([0], np.int64), op.Reshape(outputs, one), constant([1], np.int64))
-
-
-def _decode_gather(body: _Body, variant: Variant) -> ir.Value:
-    """See `sparsecomp.patterns.gathered.GatherWeight`: zeros are padding, whose column means nothing."""
-    op, inputs, constant = body.op, body.inputs, body.constant
-    start, _ = _parts(body)
-    group = constant(variant.v)
-    row = body.owners(op.Mul(start, group), inputs["values"])
-    outputs, width = (body.attribute(name) for name in ("outputs", "inputs"))
-    place = op.Add(op.Mul(body.int32(inputs["columns"]), outputs), row)
-    padding = op.Equal(inputs["values"], constant(0.0, np.float32))
-    return body.placed(op.Where(padding, op.Mul(outputs, width), place), inputs["values"], spare=True)
-
-
-def _decode_mask(body: _Body, variant: Variant) -> ir.Value:
-    """See `sparsecomp.patterns.gathered.MaskWeight`: the values stand in the order of the bits that are set."""
-    op, inputs, constant = body.op, body.inputs, body.constant
-    words = op.Unsqueeze(body.int32(inputs["masks"]), constant([2], np.int64))
-    bits = op.Mod(op.Div(words, constant(1 << np.arange(16))), constant(2))
-    before = op.CumSum(body.flat(bits), constant(0), exclusive=1)
-    # Where a bit is not set, this takes a value that is not used; there are some behind the last one.
-    values = op.Reshape(op.Gather(inputs["values"], before, axis=0), op.Shape(bits))
-    kept = op.Where(op.Equal(bits, constant(1)), values, constant(0.0, np.float32))
-    by_row = op.Reshape(kept, constant([0, -1], np.int64))
-    width = op.Reshape(op.Cast(body.attribute("inputs"), to=ir.DataType.INT64), constant([1], np.int64))
-    by_row = op.Slice(by_row, constant([0], np.int64), width, constant([1], np.int64))
-    return op.Transpose(by_row, perm=[1, 0])
-
-
-def _decode_conv(body: _Body, variant: Variant) -> ir.Value:
-    """See `sparsecomp.patterns.quads`: of every value its quad, from that its row and its column; zeros are padding."""
-    op, inputs, constant = body.op, body.inputs, body.constant
-    window = variant.window
-    assert window is not None
-    outputs, width, chunk, block, _ = (body.attribute(name) for name in variant.attributes)
+    (outputs, width), (chunk, block) = shape, sizes
     one, two, four = constant(1), constant(2), constant(4)
     value0, word0, shared = (op.Gather(inputs["quads"], constant(field), axis=1) for field in range(3))
     quad = body.owners(value0, inputs["values"])
@@ -414,23 +273,116 @@ def _decode_conv(body: _Body, variant: Variant) -> ir.Value:
     starts = op.Slice(inputs["starts"], *(constant([place], np.int64) for place in (0, -1)))
     cell = body.owners(starts, value0)
     blocks = ceil_div(width, block)
-    group_rows = op.Div(outputs, constant(window.groups))
+    group_rows = op.Div(outputs, constant(groups))
     at_chunk, at_block = op.Div(cell, blocks), op.Mod(cell, blocks)
     chunks = ceil_div(group_rows, chunk)
     first_row = op.Add(op.Mul(op.Div(at_chunk, chunks), group_rows), op.Mul(op.Mod(at_chunk, chunks), chunk))
     row = op.Add(row, of_quad(first_row))
     column = op.Add(column, of_quad(op.Mul(at_block, block)))
+    return row, column, op.Equal(inputs["values"], constant(0.0, np.float32))
+
+
+def _parts(body: Body) -> tuple[ir.Value, ir.Value]:
+    """Starts and counts of the parts that `ptr` bounds."""
+    op, ptr = body.op, body.inputs["ptr"]
+    start = op.Slice(ptr, *(body.constant([at], np.int64) for at in (0, -1)))
+    stop = op.Slice(ptr, body.constant([1], np.int64), op.Shape(ptr))
+    return start, op.Sub(stop, start)
+
+
+def _decode_panel(body: Body, variant: Variant) -> ir.Value:
+    """See `sparsecomp.patterns.panel`, and `kernels.panel.weights` for the order of the values of a panel."""
+    op, inputs, constant = body.op, body.inputs, body.constant
+    v, together = variant.decoded.v, variant.decoded.width
+    start, count = _parts(body)
+    columns = inputs["columns"]
+    panel = body.owners(start, columns)
+
+    def upright(values: ir.Value) -> ir.Value:
+        return op.Reshape(values, constant([-1, 1], np.int64))
+
+    first = op.Gather(start, panel, axis=0)
+    step = op.Sub(body.range(body.int32(op.Size(columns))), first)
+    lanes = np.arange(v)
+    base = upright(op.Add(op.Mul(first, constant(v)), op.Mul(step, constant(together))))
+    part = op.Mul(upright(op.Gather(count, panel, axis=0)), constant(lanes // together * together))
+    values = op.Gather(inputs["values"], op.Add(op.Add(base, part), constant(lanes % together)), axis=0)
+
+    panels = body.int32(op.Size(count))
+    place = op.Cast(upright(op.Add(op.Mul(columns, panels), panel)), to=ir.DataType.INT64)
+    one, wide = constant([1], np.int64), constant([v], np.int64)
+    width, outputs = _lengths(body)
+    count64 = op.Size(count)
+    rows = op.Mul(width, op.Reshape(count64, one))
+    dense = op.ScatterND(body.zeros(op.Concat(rows, wide, axis=0), np.float32), place, values)
+    padded = op.Reshape(op.Mul(count64, constant(v, np.int64)), one)
+    dense = op.Reshape(dense, op.Concat(width, padded, axis=0))
+    return op.Slice(dense, constant([0], np.int64), outputs, constant([1], np.int64))
+
+
+def _lengths(body: Body) -> tuple[ir.Value, ir.Value]:
+    """Inputs and outputs as int64 `[1]`."""
+    op, one = body.op, body.constant([1], np.int64)
+    width, outputs = (
+        op.Reshape(op.Cast(body.attribute(name), to=ir.DataType.INT64), one) for name in ("inputs", "outputs")
+    )
+    return width, outputs
+
+
+def _decode_full(body: Body, variant: Variant) -> ir.Value:
+    """Panels that keep every column: the values `[panels, I, V]` in another order."""
+    op = body.op
+    zero, any_size, one, wide = (body.constant([number], np.int64) for number in (0, -1, 1, variant.decoded.v))
+    width, outputs = _lengths(body)
+    panels = op.Reshape(body.inputs["values"], op.Concat(any_size, width, wide, axis=0))
+    dense = op.Reshape(op.Transpose(panels, perm=[1, 0, 2]), op.Concat(width, any_size, axis=0))
+    return op.Slice(dense, zero, outputs, one)
+
+
+def _decode_gather(body: Body, variant: Variant) -> ir.Value:
+    """See `sparsecomp.patterns.gathered.GatherWeight`: zeros are padding, whose column means nothing."""
+    op, inputs, constant = body.op, body.inputs, body.constant
+    start, _ = _parts(body)
+    group = constant(variant.decoded.v)
+    row = body.owners(op.Mul(start, group), inputs["values"])
+    outputs, width = (body.attribute(name) for name in ("outputs", "inputs"))
+    place = op.Add(op.Mul(body.int32(inputs["columns"]), outputs), row)
     padding = op.Equal(inputs["values"], constant(0.0, np.float32))
+    return body.placed(op.Where(padding, op.Mul(outputs, width), place), inputs["values"], spare=True)
+
+
+def _decode_mask(body: Body, variant: Variant) -> ir.Value:
+    """See `sparsecomp.patterns.gathered.MaskWeight`: the values stand in the order of the bits that are set."""
+    op, inputs, constant = body.op, body.inputs, body.constant
+    words = op.Unsqueeze(body.int32(inputs["masks"]), constant([2], np.int64))
+    bits = op.Mod(op.Div(words, constant(1 << np.arange(16))), constant(2))
+    before = op.CumSum(body.flat(bits), constant(0), exclusive=1)
+    # Where a bit is not set, this takes a value that is not used; there are some behind the last one.
+    values = op.Reshape(op.Gather(inputs["values"], before, axis=0), op.Shape(bits))
+    kept = op.Where(op.Equal(bits, constant(1)), values, constant(0.0, np.float32))
+    by_row = op.Reshape(kept, constant([0, -1], np.int64))
+    width = op.Reshape(op.Cast(body.attribute("inputs"), to=ir.DataType.INT64), constant([1], np.int64))
+    by_row = op.Slice(by_row, constant([0], np.int64), width, constant([1], np.int64))
+    return op.Transpose(by_row, perm=[1, 0])
+
+
+def _decode_conv(body: Body, variant: Variant) -> ir.Value:
+    op, inputs, constant = body.op, body.inputs, body.constant
+    window = variant.window
+    assert window is not None
+    outputs, width, chunk, block, _ = (body.attribute(name) for name in variant.attributes)
+    row, column, padding = _decode_quads(body, (outputs, width), (chunk, block), window.groups)
     place = op.Where(padding, op.Mul(outputs, width), op.Add(op.Mul(row, width), column))
     dense = body.placed(place, inputs["values"], spare=True, shape=("outputs", "inputs"))
     kernel = window.kernel[2 - variant.rank :]
     return op.Reshape(dense, constant([0, -1, *kernel], np.int64))
 
 
-def _convolved(body: _Body, weight: ir.Value, window: Window, variant: Variant) -> ir.Value:
+def _convolved(body: Body, weight: ir.Value, window: Window, variant: Variant) -> ir.Value:
     names = ("strides", window.stride), ("dilations", window.dilation), ("pads", window.padding)
     given: dict[str, Any] = {name: list(pair[2 - variant.rank :]) for name, pair in names}
-    given["pads"] *= 2
+    behind = zip(given["pads"], window.extra[2 - variant.rank :], strict=True)
+    given["pads"] = given["pads"] + [padding + extra for padding, extra in behind]
     bias = [body.inputs["bias"]] if variant.bias else []
     return body.op.Conv(body.inputs["x"], weight, *bias, group=window.groups, **given)
 
@@ -438,17 +390,18 @@ def _convolved(body: _Body, weight: ir.Value, window: Window, variant: Variant) 
 def _window_title(window: Window, rank: int) -> str:
     first = 2 - rank
     parts = ["x".join(map(str, window.kernel[first:]))]
-    pairs = (("S", window.stride, 1), ("P", window.padding, 0), ("D", window.dilation, 1))
+    pairs = (("S", window.stride, 1), ("P", window.padding, 0), ("E", window.extra, 0), ("D", window.dilation, 1))
     for letter, pair, usual in pairs:
         if any(size != usual for size in pair[first:]):
             parts.append(letter + "x".join(map(str, pair[first:])))
     return "".join((*parts, f"G{window.groups}" if window.groups > 1 else ""))
 
 
-_DECODERS: dict[str, Callable[[_Body, Variant], ir.Value]] = {
+_DECODERS: dict[str, Callable[[Body, Variant], ir.Value]] = {
     "rows": _decode_rows,
     "panel": _decode_panel,
     "gather": _decode_gather,
     "mask": _decode_mask,
     "conv": _decode_conv,
+    "full": _decode_full,
 }

@@ -62,14 +62,14 @@ def random_inputs(session: Any, sizes: Mapping[str, Sequence[int]]) -> dict[str,
     return feeds
 
 
-def make_session(path: Path, library: Path | None, threads: int) -> Any:
-    """A session with so many intra-op threads, and with a library if one is given."""
+def make_session(model: Path | bytes, library: Path | None, threads: int) -> Any:
+    """A session with so many intra-op threads, and with a library if one is given, for a file or its content."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if library is not None:
         options.register_custom_ops_library(str(library))
-    return onnxruntime.InferenceSession(str(path), options)
+    return onnxruntime.InferenceSession(str(model) if isinstance(model, Path) else model, options)
 
 
 def compare(

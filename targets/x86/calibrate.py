@@ -103,7 +103,7 @@ def calibrate(seconds: float = _SECONDS, level_name: str | None = None) -> Resul
             taken = np.array([nanoseconds for _, nanoseconds in rows])
             prices[name] = cost.fit(counted, taken)
             result.points[name] = len(rows)
-            result.errors[name] = _left_out_error(counted, taken)
+            result.errors[name] = left_out_error(counted, taken)
         _activation_prices(chosen, prices)
         prices["convert"] = {"value": _convert_price()}
     finally:
@@ -212,7 +212,7 @@ def _cases(
             yield _Case(candidate, Problem(WeightFacts.of(weight), count, 1), weight)
 
 
-def _left_out_error(rows: list[cost.Quantities], taken: np.ndarray) -> float:
+def left_out_error(rows: list[cost.Quantities], taken: np.ndarray) -> float:
     """Median relative error of predictions for points outside of the fit, by k-fold cross-validation."""
     errors = []
     folds = np.arange(len(rows)) % _FOLDS

@@ -34,15 +34,20 @@ class Calibration:
     measured_here: bool
 
 
-def path_of(level: str) -> Path:
+def path_of(level: str, host: str = "") -> Path:
     """Where the calibration of this machine lies."""
-    return cache_dir() / f"x86-{level}.json"
+    return cache_dir() / f"x86-{level}{host and '-'}{host}.json"
 
 
-def load(level: str) -> Calibration:
-    """The prices for a level; a damaged or foreign file is reported and left aside."""
-    shipped = _shipped(level)
-    path = path_of(level)
+def load(level: str, host: str = "") -> Calibration:
+    """The prices for a level; a damaged or foreign file is reported and left aside.
+
+    Args:
+        level: of the instruction set.
+        host: whose prices: "" for PyTorch's and those of our kernels, "ort" for what differs in ONNX Runtime.
+    """
+    shipped = _shipped(level, host)
+    path = path_of(level, host)
     if not path.exists():
         return shipped
     try:
@@ -57,9 +62,9 @@ def load(level: str) -> Calibration:
     return Calibration(content["coefficients"], f"calibrated {content['when']}", True)
 
 
-def save(level: str, coefficients: Coefficients, when: str, notes: dict[str, Any]) -> Path:
-    """Write the prices that were measured here."""
-    path = path_of(level)
+def save(level: str, coefficients: Coefficients, when: str, notes: dict[str, Any], host: str = "") -> Path:
+    """Write the prices that were measured here; see `load` for the host."""
+    path = path_of(level, host)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "cpu": cpu_name(), "when": when, "notes": notes, "coefficients": coefficients}
     temporary = path.with_suffix(f".{os.getpid()}")
@@ -68,8 +73,9 @@ def save(level: str, coefficients: Coefficients, when: str, notes: dict[str, Any
     return path
 
 
-def _shipped(level: str) -> Calibration:
-    content = json.loads(resources.files(__package__).joinpath("prices.json").read_text())
+def _shipped(level: str, host: str) -> Calibration:
+    name = f"{host}{host and '_'}prices.json"
+    content = json.loads(resources.files(__package__).joinpath(name).read_text())
     entry = content["levels"][level]
     return Calibration(
         entry["coefficients"], f"shipped prices ({entry['origin']}); `sparsecomp calibrate` measures", False

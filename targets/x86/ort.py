@@ -7,96 +7,70 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from sparsecomp.kernels import conv, gathered, panel, rows
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.epilogue import Epilogue
+from sparsecomp.kernels.quads import QuadShape
 from sparsecomp.patterns import PanelWeight
 from sparsecomp.patterns.gathered import GatherWeight, MaskWeight
 from sparsecomp.patterns.quads import QuadWeight
-from sparsecomp.patterns.rows import RowWeight
 from sparsecomp.runtime.launch import KernelSource
-from sparsecomp.runtime.ort_library import OrtKernel, OrtTarget, PackedWeight
-from sparsecomp.targets.base import Candidate, Kernel, Problem, Target, WeightFacts
+from sparsecomp.runtime.ort_library import OrtKernel, OrtTarget, PackedForm, PackedWeight
+from sparsecomp.targets.base import Candidate
 from sparsecomp.targets.x86 import conv_schedules, schedules
-from sparsecomp.targets.x86.cpu import LEVELS, Level, caches, facts, level
+from sparsecomp.targets.x86.cpu import Level, caches, facts
+from sparsecomp.targets.x86.ort_target import Forms, full_panel, full_tiles
 from sparsecomp.window import Maps, Window
 
-_KERNELS = frozenset({"dense", "rows", "panel", "gather", "mask", "conv"})
 _BUILTIN_NAMES = {"bmi1": "bmi"}  # Linux's name of a feature: the C compiler's
 _THREADS = (1, 2, 4, 8, 16)
 _UNTESTED = {"f16c", "movbe"}  # not known to `__builtin_cpu_supports`; every CPU with AVX2 has them
 
 
-class LibraryTarget(Target):
-    """A target with those of its kernels that a library for ONNX Runtime has.
-
-    Attributes:
-        level: instruction set level.
-
-    Raises:
-        ValueError: there is no library for such a target.
-    """
-
-    def __init__(self, target: Target) -> None:
-        family, _, name = target.name.partition(":")
-        if family != "x86" or name not in LEVELS:
-            raise ValueError(f"there is no ONNX Runtime library for target {target.name!r}; give 'x86'")
-        self.name, self.description, self.level = target.name, target.description, level(name)
-        self._target = target
-
-    def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
-        """See `Target.candidates`."""
-        return [found for found in self._target.candidates(facts, allowed) if found.kernel in _KERNELS]
-
-    def conv_candidates(
-        self, facts: WeightFacts, window: Window, allowed: Collection[str] | None = None
-    ) -> list[Candidate]:
-        """See `Target.conv_candidates`."""
-        return [found for found in self._target.conv_candidates(facts, window, allowed) if found.kernel in _KERNELS]
-
-    def predict(self, candidate: Candidate, problem: Problem) -> float:
-        """See `Target.predict`."""
-        return self._target.predict(candidate, problem)
-
-    def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
-        """See `Target.prepare`."""
-        return self._target.prepare(candidate, weight)
-
-    def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
-        """See `Target.packed_bytes`."""
-        return self._target.packed_bytes(candidate, facts, dtype)
-
-
-def pack(level: Level, candidate: Candidate, weight: Tensor) -> PackedWeight:
-    """Pack a weight `[O, I]` for a candidate; see the packed forms in `sparsecomp.patterns`.
+def pack(level: Level, forms: Forms, weight: Tensor) -> PackedWeight:
+    """Pack a weight `[O, I]` in its forms; see the packed forms in `sparsecomp.patterns`.
 
     Raises:
         ValueError: there is no such kernel here.
     """
+    packed = tuple(_pack(level, candidate, weight) for candidate in forms.candidates)
+    return PackedWeight(packed, np.array(forms.choice, np.int32) if len(packed) > 1 else None)
+
+
+def _pack(level: Level, candidate: Candidate, weight: Tensor) -> PackedForm:
     sizes = {"outputs": int(weight.shape[0]), "inputs": int(weight.shape[1])}
     if candidate.kernel == "rows":
         shape = (sizes["outputs"], sizes["inputs"])
-        row = RowWeight.pack(weight, **schedules.row_packing(level, shape, caches().l1))
-        arrays = dict(zip(("values", "columns", "pairs", "rows"), rows.weights(row), strict=True))
-        return PackedWeight("rows", 1, {**sizes, "chunk": row.chunk, "block": row.block}, arrays)
+        quads = QuadWeight.pack(weight, **schedules.row_packing(level, shape, caches().l1))
+        return PackedForm("rows", 1, {**sizes, "chunk": quads.chunk, "block": quads.block}, _arrays(quads))
+    if candidate.kernel == "full":
+        v = full_panel(level)
+        return PackedForm("full", v, sizes, {"values": _panels(weight.detach().float().numpy(), v)}, v)
     if candidate.kernel == "panel":
         v = dict(candidate.params)["v"]
         width = schedules.panel_width(level, v)
         packed = panel.weights(PanelWeight.pack(weight.detach().float(), v, signed_zeros=False), width)
         arrays = dict(zip(("values", "columns", "ptr"), packed, strict=True))
         arrays["values"] = arrays["values"].reshape(-1)
-        return PackedWeight("panel", v, sizes, arrays, width)
+        return PackedForm("panel", v, sizes, arrays, width)
     if candidate.kernel == "gather":
         gather = GatherWeight.pack(weight, group=schedules.gather_schedule(level).group)
         arrays = {"values": gather.values, "columns": gather.columns, "ptr": gather.ptr}
-        return PackedWeight("gather", gather.group, sizes, arrays)
+        return PackedForm("gather", gather.group, sizes, arrays)
     if candidate.kernel == "mask" and level.spread:
         mask = MaskWeight.pack(weight)
-        return PackedWeight("mask", 1, sizes, {"values": mask.values, "masks": mask.masks, "ptr": mask.ptr})
+        return PackedForm("mask", 1, sizes, {"values": mask.values, "masks": mask.masks, "ptr": mask.ptr})
     raise ValueError(f"target x86:{level.name} has no kernel {candidate.kernel!r} for ONNX Runtime")
+
+
+def _panels(weight: npt.NDArray[np.float32], v: int) -> npt.NDArray[np.float32]:
+    """A dense weight `[O, I]` as panels of v outputs, `[panels, I, v]` made flat, with zeros behind the last output."""
+    outputs, inputs = weight.shape
+    padded = np.zeros((-(-outputs // v) * v, inputs), np.float32)
+    padded[:outputs] = weight
+    return np.ascontiguousarray(padded.reshape(-1, v, inputs).transpose(0, 2, 1)).reshape(-1)
 
 
 def pack_conv(level: Level, candidate: Candidate, weight: Tensor, window: Window) -> PackedWeight:
@@ -106,13 +80,13 @@ def pack_conv(level: Level, candidate: Candidate, weight: Tensor, window: Window
     shape = (int(matrix.shape[0]), int(matrix.shape[1]))
     packed = QuadWeight.pack(matrix, **conv_schedules.packing(level, shape, window.groups, vectors, caches().l1))
     sizes = {"outputs": shape[0], "inputs": shape[1], "chunk": packed.chunk, "block": packed.block, "vectors": vectors}
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "values": packed.values,
-        "columns": packed.words.view(np.uint16),
-        "quads": packed.quads,
-        "starts": packed.starts,
-    }
-    return PackedWeight("conv", 1, sizes, arrays)
+    return PackedWeight((PackedForm("conv", 1, sizes, _arrays(packed)),))
+
+
+def _arrays(packed: QuadWeight) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of quads by the names of an operation's inputs; ONNX knows no words of 64 bits with four columns."""
+    columns = packed.words.view(np.uint16)
+    return {"values": packed.values, "columns": columns, "quads": packed.quads, "starts": packed.starts}
 
 
 def kernels(level: Level, family: str, v: int, epilogue: Epilogue) -> tuple[OrtKernel, ...]:
@@ -123,12 +97,12 @@ def kernels(level: Level, family: str, v: int, epilogue: Epilogue) -> tuple[OrtK
 
     if family == "rows":
         return tuple(
-            kernel(vectors, rows.RowSchedule(level.lanes, vectors), rows.build)
+            kernel(vectors, QuadShape(level.lanes, vectors, schedules.spread(level)), rows.build)
             for vectors in schedules.ROW_VECTORS
             if vectors <= level.vectors
         )
-    if family == "panel":
-        tiles = sorted({1, 2, 4, level.panel_tokens})
+    if family in ("panel", "full"):
+        tiles = full_tiles(level) if family == "full" else sorted({1, 2, 4, level.panel_tokens})
         return tuple(kernel(tile, schedules.panel_schedule(level, v, tile), panel.build) for tile in tiles)
     if family == "gather":
         return (kernel(0, schedules.gather_schedule(level), gathered.build_gather),)
@@ -158,14 +132,15 @@ def conv_kernels(
         for threads in _THREADS:
             cut = conv_schedules.call(level, geometry, maps.images, shape, vectors, threads, caches().l2)
             wanted.add((cut.vectors, cut.whole))
-    spread = "shuffle" if level.lanes == 16 else "load"
+    spread = schedules.spread(level)
     found = []
     for number, whole in sorted(wanted):
         schedule = conv.ConvSchedule(level.lanes, number, masked, whole, spread)
         name = f"conv_{number}{'_whole' * whole}{'_masked' * masked}"
         found.append(OrtKernel(number, _source(level, name, schedule, epilogue, conv.build), whole))
     # As `Geometry.of`: with a stride, or where the output is wider than the map.
-    opened = window.stride != (1, 1) or 2 * window.padding[1] > window.dilation[1] * (window.kernel[1] - 1)
+    zeros = 2 * window.padding[1] + window.extra[1]
+    opened = window.stride != (1, 1) or zeros > window.dilation[1] * (window.kernel[1] - 1)
     step = window.stride[1] if window.stride[1] <= 2 else 0
     opening = conv.OpenSchedule(level.lanes, step)
     source = KernelSource(f"conv_open_{step}", repr(opening), lambda: conv.build_open(opening), level.tvm_target)

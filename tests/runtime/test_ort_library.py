@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper
 
 import sparsecomp.onnx
 
-KERNELS = ("rows", "panel", "gather", "mask", "conv")
+KERNELS = ("rows", "panel", "gather", "mask", "conv", "several")
 RANDOM = np.random.default_rng(7)
 
 
@@ -38,6 +38,8 @@ def _input(kernel: str) -> Any:
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A kernel and the optimised model that uses it."""
     folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "several":
+        return request.param, cases.optimized_in_forms(_model(request.param), folder)
     output, report = cases.optimized(
         _model(request.param), folder, kernel=None if request.param == "conv" else request.param
     )
@@ -119,6 +121,26 @@ def test_wrong_inputs_are_errors(built: tuple[str, Path]) -> None:
             run.run(None, {"x": np.zeros(shape, np.float32)})
     if kernel == "conv":
         run.run(None, {"x": np.zeros((1, 5, 1, 1), np.float32)})
+
+
+@pytest.mark.parametrize("opset", [9, 11, 13, 17])
+def test_every_number_of_tokens_in_its_form(opset: int, tmp_path: Path) -> None:
+    model = cases.linear_model(cases.sparse_array(70, 41), np.ones(41, np.float32), opset=opset)
+    output = cases.optimized_in_forms(model, tmp_path)
+    for tokens in (1, 2, 3, 6, 7, 100, 300):
+        cases.check_everywhere(model, output, {"x": RANDOM.standard_normal((tokens, 70)).astype(np.float32)})
+    # Which form runs shows where its values are made twice as large.
+    written = onnx.load(output)
+    x = RANDOM.standard_normal((8, 70)).astype(np.float32)
+    product = cases.session(model).run(None, {"x": x})[0] - 1
+    for number, kernel in enumerate(("gather", "full", "rows")):
+        doubled = onnx.ModelProto()
+        doubled.CopyFrom(written)
+        tensor = next(item for item in doubled.graph.initializer if item.name.endswith(f"{kernel}_values"))
+        tensor.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(tensor), tensor.name))
+        run = cases.session(doubled, _library(output))
+        for tokens, used in ((1, 0), (2, 0), (3, 1), (6, 1), (7, 2), (8, 2)):
+            cases.close(run.run(None, {"x": x[:tokens]})[0], (2 if used == number else 1) * product[:tokens] + 1)
 
 
 # -- what is not to be trusted --------------------------------------------------------------------------------------

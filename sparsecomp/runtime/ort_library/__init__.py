@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from sparsecomp.runtime.cache import built_file, key_of, link
@@ -23,6 +24,8 @@ from sparsecomp.window import Window
 DOMAIN = "ai.sparsecomp"
 """Domain of the custom operations."""
 
+MOST_FORMS = 3
+"""Forms of one weight, at most."""
 _SOURCES = ("library.c", "weights.c", "tensor.c", "launch.c", "cut.c", "linear.c", "conv.c")
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=gnu11", "-Wall", "-fvisibility=hidden", "-pthread", "-Wl,-z,noexecstack", "-s")
@@ -44,31 +47,42 @@ class OrtKernel:
 
 
 @dataclass(frozen=True)
+class OrtForm:
+    """A packed form of a weight, and the kernels that a call may choose from.
+
+    Attributes:
+        family: `rows`, `panel`, `gather`, `mask`, `conv` or `full`.
+        v: rows of a panel (panel, full), entries of a group (gather), else 1.
+        kernels: by ascending number.
+    """
+
+    family: str
+    v: int
+    kernels: tuple[OrtKernel, ...]
+
+
+@dataclass(frozen=True)
 class OrtOperation:
-    """An operation to register: one kernel family with one epilogue.
+    """An operation to register: the forms of one weight with one epilogue.
 
     Attributes:
         name: type of the operation, unique in its domain.
-        family: `rows`, `panel`, `gather`, `mask` or `conv`.
+        forms: of the weight; with several, a table of the node chooses by the number of tokens.
         bias: whether a bias is an input.
         residual: whether a residual is an input.
         indexed: whether the places of the values are inputs too, which the library does not read.
         lanes: float32 in a vector.
-        v: rows of a panel (panel), entries of a group (gather), else 1.
-        kernels: what a call may choose from, by ascending number.
-        window: of a convolution.
+        window: of a convolution, which has one form.
         rank: dimensions of its maps, 1 or 2.
         opening: the kernel that takes maps apart, where the window asks for that.
     """
 
     name: str
-    family: str
+    forms: tuple[OrtForm, ...]
     bias: bool
     residual: bool
     indexed: bool
     lanes: int
-    v: int
-    kernels: tuple[OrtKernel, ...]
     window: Window | None = None
     rank: int = 2
     opening: KernelSource | None = None
@@ -76,16 +90,17 @@ class OrtOperation:
     @property
     def sources(self) -> list[KernelSource]:
         """All kernels."""
-        return [*(kernel.source for kernel in self.kernels), *([self.opening] if self.opening else [])]
+        kernels = [kernel.source for form in self.forms for kernel in form.kernels]
+        return [*kernels, *([self.opening] if self.opening else [])]
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    """A weight as the constants of a node.
+class PackedForm:
+    """A weight in one form.
 
     Attributes:
-        family: `rows`, `panel`, `gather`, `mask` or `conv`.
-        v: rows of a panel (panel), entries of a group (gather), else 1.
+        family: `rows`, `panel`, `gather`, `mask`, `conv` or `full`.
+        v: rows of a panel (panel, full), entries of a group (gather), else 1.
         attributes: sizes that the node carries.
         arrays: by name, in the order of its inputs; the values of a panel or of rows are flat.
         width: rows of a panel whose values lie together (panel), else 1.
@@ -96,6 +111,24 @@ class PackedWeight:
     attributes: dict[str, int]
     arrays: dict[str, npt.NDArray[Any]]
     width: int = 1
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as the constants of a node.
+
+    Attributes:
+        forms: one, or up to `MOST_FORMS`.
+        choice: with several, int32 `[ranges, 2]`: up to so many tokens, the place of the form.
+    """
+
+    forms: tuple[PackedForm, ...]
+    choice: npt.NDArray[np.int32] | None = None
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """Sizes that the node carries."""
+        return {name: size for form in self.forms for name, size in form.attributes.items()}
 
 
 @dataclass(frozen=True)
@@ -158,14 +191,19 @@ def _table(operations: Sequence[OrtOperation], target: OrtTarget) -> str:
     checks = " ".join(f'if (!__builtin_cpu_supports("{need}")) missing = "{need}";' for need in target.needs)
     lines.append(f"#define CHECK_CPU(missing) do {{ {checks} }} while (0)")
     lines += [f"extern KernelFunction {symbol};" for symbol in symbols]
+    unused = "__attribute__((unused))"
     for index, operation in enumerate(operations):
-        variants = ", ".join(f"{{{k.number}, {int(k.whole)}, {k.source.name}}}" for k in operation.kernels)
-        lines.append(f"static const Variant VARIANTS{index}[] __attribute__((unused)) = {{{variants}}};")
+        forms = []
+        for place, form in enumerate(operation.forms):
+            variants = ", ".join(f"{{{k.number}, {int(k.whole)}, {k.source.name}}}" for k in form.kernels)
+            lines.append(f"static const Variant VARIANTS{index}_{place}[] {unused} = {{{variants}}};")
+            forms.append(f"{{{form.family.upper()}, {form.v}, VARIANTS{index}_{place}, {len(form.kernels)}}}")
+        lines.append(f"static const Form FORMS{index}[] {unused} = {{{', '.join(forms)}}};")
     entries = []
     for index, o in enumerate(operations):
         flags = ", ".join(str(int(flag)) for flag in (o.bias, o.residual, o.indexed))
         entries.append(
-            f'{{"{o.name}", {o.family.upper()}, {flags}, {o.lanes}, {o.v}, VARIANTS{index}, {len(o.kernels)}, '
+            f'{{"{o.name}", {flags}, {o.lanes}, FORMS{index}, {len(o.forms)}, '
             f"{_window(o)}, {o.opening.name if o.opening else 'NULL'}}},"
         )
     lines += ["static const Entry ENTRIES[] __attribute__((unused)) = {", *entries, "};"]
@@ -176,6 +214,6 @@ def _window(operation: OrtOperation) -> str:
     window = operation.window
     if window is None:
         return "{0}"
-    pairs = (window.kernel, window.stride, window.padding, window.dilation)
+    pairs = (window.kernel, window.stride, window.padding, window.dilation, window.extra)
     numbers = ", ".join(f"{{{first}, {second}}}" for first, second in pairs)
     return f"{{{operation.rank}, {numbers}, {window.groups}}}"

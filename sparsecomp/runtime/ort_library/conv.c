@@ -44,12 +44,12 @@ static int32_t place_of(const int32_t *phases, int32_t phase) {
 }
 
 /* Put the table of taps before the starts: plane, rows and columns moved by, number of the tap, for every column. */
-const char *make_table(Kernel *k) {
+const char *make_table(const Kernel *k, Packed *p) {
   const Window *w = &k->entry->window;
   int32_t taps = w->kernel[0] * w->kernel[1], rows[MOST_PHASES], columns[MOST_PHASES];
   if (w->stride[0] > MOST_PHASES || w->stride[1] > MOST_PHASES) return "the stride is too large";
   int32_t row_count = axis_phases(w, 0, rows), column_count = axis_phases(w, 1, columns);
-  int64_t length = TABLE_FIELDS * (int64_t)k->inputs + k->lengths[3];
+  int64_t length = TABLE_FIELDS * (int64_t)k->inputs + p->lengths[3];
   int32_t *table = length < INT32_MAX ? aligned_alloc(LINE, (size_t)ceil_div(4 * length, LINE) * LINE) : NULL;
   if (!table) return "there is no memory for its table";
   for (int32_t column = 0; column < k->inputs; column++) {
@@ -59,9 +59,9 @@ const char *make_table(Kernel *k) {
     entry[0] = column / taps * row_count * column_count + place_of(rows, phase_y) * column_count + place_of(columns, phase_x);
     entry[3] = tap;
   }
-  memcpy(table + TABLE_FIELDS * (int64_t)k->inputs, k->weights[3], (size_t)k->lengths[3] * 4);
-  free(k->owned[3]);
-  k->weights[3] = k->owned[3] = table;
+  memcpy(table + TABLE_FIELDS * (int64_t)k->inputs, p->weights[3], (size_t)p->lengths[3] * 4);
+  free(p->owned[3]);
+  p->weights[3] = p->owned[3] = table;
   return NULL;
 }
 
@@ -107,12 +107,13 @@ static int64_t splits_for(int64_t tiles, int64_t chunks, int64_t threads, int64_
 /* The variant with the least work for the busiest thread: the rules of targets/x86/conv_schedules.py. */
 static Cut cut_conv(const Kernel *k, const Geometry *g, int64_t images, int64_t threads) {
   const Window *w = &k->entry->window;
+  const Packed *p = &k->packed[0];
   int64_t group_rows = k->outputs / w->groups, chunks = ceil_div(group_rows, k->chunk), length = g->height * g->pitch;
   const Variant *chosen = NULL;
   double least_work = 0;
   int64_t splits = 1, image_tiles = 1, items = 1;
-  for (int32_t i = k->entry->count - 1; i >= 0; i--) {
-    const Variant *v = &k->entry->variants[i];
+  for (int32_t i = p->form->count - 1; i >= 0; i--) {
+    const Variant *v = &p->form->variants[i];
     int64_t tile = (int64_t)v->number * k->entry->lanes;
     if (v->number > k->vectors || (v->whole && (g->pitch != g->width || tile > length))) continue;
     int64_t here = ceil_div(length, tile), tiles = v->whole ? images * here : ceil_div(images * length, tile);
@@ -131,7 +132,7 @@ static Cut cut_conv(const Kernel *k, const Geometry *g, int64_t images, int64_t 
                           dense ? 1 : g->height, images, k->outputs, images * planes * plane, k->inputs, k->block,
                           k->block * tile, blocks, k->chunk, chunks, group_rows, planes / w->groups, taps, splits,
                           splits * w->groups, image_tiles};
-  Cut cut = {.function = chosen->function, .weights = k->weights, .items = (int32_t)items,
+  Cut cut = {.function = chosen->function, .weights = p->weights, .items = (int32_t)items,
              .scratch = 4 * (k->block * tile + SPARE + sums + (2 + taps) * (tile + SPARE))};
   for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) cut.dims[i] = (int32_t)dims[i];
   return cut;
@@ -151,7 +152,7 @@ static Status *open_maps(Kernel *k, void *context, const Geometry *g, int64_t im
   int64_t channels = k->inputs / (w->kernel[0] * w->kernel[1]) * w->groups;
   Cut cut = {k->entry->open, weights, {(int32_t)size[0], (int32_t)size[1], w->stride[0], w->stride[1], g->phases,
              (int32_t)g->rows, (int32_t)g->pitch}, (int32_t)(images * channels), 0};
-  int32_t threads = images * channels * g->rows * g->pitch * g->phases > 100000 ? threads_for(k, g->height * g->width * images) : 1;
+  int32_t threads = images * channels * g->rows * g->pitch * g->phases > 100000 ? threads_for(k, g->height * g->width * images * k->packed[0].kept) : 1;
   Status *status = launch(k, context, &cut, threads, x, NULL, NULL, opened);
   free(phases);
   return status;
@@ -169,7 +170,7 @@ static Status *run_images(Kernel *k, void *context, const Geometry *g, int64_t i
     x = memory_of(opened);
   }
   if (!status) {
-    int32_t threads = threads_for(k, images * g->height * g->width);
+    int32_t threads = threads_for(k, images * g->height * g->width * k->packed[0].kept);
     Cut cut = cut_conv(k, g, images, threads);
     if (!cut.function || cut.scratch > 4 * MOST_VALUES)
       status = fail(k->api, "%s: no kernel of the library takes a weight of these sizes", k->entry->name);
@@ -203,7 +204,7 @@ Status *compute_conv(Kernel *k, void *context, Tensor *x, Tensor *bias, Tensor *
   if (x->rank != (size_t)w->rank + 2 || x->dims[1] != channels) return wrong_shape(k, "the first input");
   int64_t in[4] = {x->dims[0], channels, flat ? 1 : x->dims[2], x->dims[x->rank - 1]}, out[4] = {in[0], k->outputs};
   for (int axis = 0; axis < 2; axis++) {
-    int64_t reach = (int64_t)w->dilation[axis] * (w->kernel[axis] - 1) + 1, room = in[2 + axis] + 2 * w->padding[axis] - reach;
+    int64_t reach = (int64_t)w->dilation[axis] * (w->kernel[axis] - 1) + 1, room = in[2 + axis] + 2 * w->padding[axis] + w->extra[axis] - reach;
     if (room < 0) return fail(k->api, "%s: the window is larger than the map", k->entry->name);
     out[2 + axis] = room / w->stride[axis] + 1;
   }

@@ -8,15 +8,14 @@
 
 enum { STAGE = 16, PANEL_SCRATCH = 16 };
 
-
 static int64_t rows_scratch(const Kernel *k, int64_t tile) {
   return (k->inputs + (int64_t)k->chunk + 1) * tile + k->entry->lanes * ((int64_t)k->chunk + STAGE);
 }
 
 /* Floats of scratch of the widest variant: indices into it are 32-bit. */
-int64_t scratch_limit(const Kernel *k) {
-  if (k->entry->family != ROWS) return PANEL_SCRATCH;
-  return rows_scratch(k, (int64_t)k->entry->variants[k->entry->count - 1].number * k->entry->lanes);
+int64_t scratch_limit(const Kernel *k, const Packed *p) {
+  if (p->form->family != ROWS) return PANEL_SCRATCH;
+  return rows_scratch(k, (int64_t)p->form->variants[p->form->count - 1].number * k->entry->lanes);
 }
 
 /* The fewest parts of the chunks that keep all threads busy; each costs another pass over the tile's activations. */
@@ -30,12 +29,12 @@ static int64_t row_splits(int64_t tiles, int64_t chunks, int64_t threads) {
   return best;
 }
 
-static Cut cut_rows(const Kernel *k, int64_t tokens, int64_t threads) {
+static Cut cut_rows(const Kernel *k, const Packed *p, int64_t tokens, int64_t threads) {
   int64_t chunks = ceil_div(k->outputs, k->chunk), splits = 1;
   const Variant *chosen = NULL;
   double least_work = 0;
-  for (int32_t i = k->entry->count - 1; i >= 0; i--) { /* the widest first: it wins where equal */
-    const Variant *v = &k->entry->variants[i];
+  for (int32_t i = p->form->count - 1; i >= 0; i--) { /* the widest first: it wins where equal */
+    const Variant *v = &p->form->variants[i];
     int64_t tiles = ceil_div(tokens, (int64_t)v->number * k->entry->lanes), parts = row_splits(tiles, chunks, threads);
     /* The largest part of one thread, in chunks of a tile; splits are whole chunks and may be of unequal size. */
     int64_t share = least(ceil_div(tiles * parts, threads) * ceil_div(chunks, parts), tiles * chunks);
@@ -43,18 +42,18 @@ static Cut cut_rows(const Kernel *k, int64_t tokens, int64_t threads) {
     if (!chosen || work < least_work) chosen = v, least_work = work, splits = parts;
   }
   int64_t tile = (int64_t)chosen->number * k->entry->lanes;
-  return (Cut){chosen->function, k->weights,
+  return (Cut){chosen->function, p->weights,
                {(int32_t)tokens, k->inputs, k->outputs, (int32_t)ceil_div(k->inputs, k->block),
                 (int32_t)(k->block * tile), k->chunk, (int32_t)splits},
                (int32_t)(ceil_div(tokens, tile) * splits),
                4 * rows_scratch(k, tile)};
 }
 
-static Cut cut_panel(const Kernel *k, int64_t tokens, int64_t threads) {
+static Cut cut_panel(const Kernel *k, const Packed *p, int64_t tokens, int64_t threads) {
   const Variant *chosen = NULL;
   double least_work = 0;
-  for (int32_t i = k->entry->count - 1; i >= 0; i--) {
-    const Variant *v = &k->entry->variants[i];
+  for (int32_t i = p->form->count - 1; i >= 0; i--) {
+    const Variant *v = &p->form->variants[i];
     double work = (double)ceil_div(tokens, v->number) * (v->number + PANEL_STEP_COST);
     if (!chosen || work < least_work) chosen = v, least_work = work;
   }
@@ -62,19 +61,20 @@ static Cut cut_panel(const Kernel *k, int64_t tokens, int64_t threads) {
   if (groups > 1) groups = ceil_div(groups, threads) * threads;
   int64_t group = ceil_div(tiles, groups) * chosen->number;
   groups = ceil_div(tokens, group);
-  int64_t splits = groups >= threads ? 1 : least(threads, most(1, ceil_div(k->outputs, k->entry->v)));
-  return (Cut){chosen->function, k->weights,
+  int64_t splits = groups >= threads ? 1 : least(threads, most(1, ceil_div(k->outputs, p->form->v)));
+  return (Cut){chosen->function, p->weights,
                {(int32_t)tokens, k->inputs, k->outputs, (int32_t)group, (int32_t)splits},
                (int32_t)(groups * splits),
                4 * PANEL_SCRATCH};
 }
 
-Cut cut_linear(const Kernel *k, int64_t tokens, int32_t threads) {
-  switch (k->entry->family) {
-    case ROWS: return cut_rows(k, tokens, threads);
-    case PANEL: return cut_panel(k, tokens, threads);
+Cut cut_linear(const Kernel *k, const Packed *p, int64_t tokens, int32_t threads) {
+  switch (p->form->family) {
+    case ROWS: return cut_rows(k, p, tokens, threads);
+    case PANEL:
+    case FULL: return cut_panel(k, p, tokens, threads);
     default: break;
   }
   /* One token or a few: an item is a row of the weight. */
-  return (Cut){k->entry->variants[0].function, k->weights, {(int32_t)tokens, k->inputs, k->outputs}, k->outputs, 0};
+  return (Cut){p->form->variants[0].function, p->weights, {(int32_t)tokens, k->inputs, k->outputs}, k->outputs, 0};
 }

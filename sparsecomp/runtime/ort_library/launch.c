@@ -98,10 +98,10 @@ static int is_counting(const Kernel *k, unsigned calls) {
   return calls < COUNTED_CALLS || (atomic_load_explicit(&k->threads, memory_order_relaxed) == 1 && calls % COUNT_AGAIN == 0);
 }
 
-int32_t threads_for(Kernel *k, int64_t columns) {
+int32_t threads_for(Kernel *k, int64_t work) {
   unsigned calls = atomic_load_explicit(&k->calls, memory_order_relaxed);
   int64_t threads = is_counting(k, calls) ? ASSUMED_THREADS : atomic_load_explicit(&k->threads, memory_order_relaxed);
-  int64_t useful = 1 + columns * k->kept / WORK_OF_A_THREAD;
+  int64_t useful = 1 + work / WORK_OF_A_THREAD;
   return (int32_t)(threads < useful ? threads : useful);
 }
 

@@ -1,8 +1,8 @@
 /* The custom operations of one model for a stock ONNX Runtime: `RegisterCustomOps` is what it looks up and calls.
  *
- * An operation takes x [..., I], its bias [O] and residual where its entry has them, and then the packed weight, which has
- * to be constant: it is checked once, when the kernel is created. Kernels are serial; their items run on the threads of
- * the session.
+ * An operation takes x [..., I], its bias [O] and residual where its entry has them, with several forms of the weight the
+ * table that chooses among them, and then the packed weight, all of which has to be constant: it is checked once, when the
+ * kernel is created. Kernels are serial; their items run on the threads of the session.
  */
 #include <pthread.h>
 #include <stdio.h>
@@ -11,6 +11,8 @@
 
 #include "library.h"
 #include "ops.h"
+
+#define MOST_RANGES 1024
 
 /* -- creation ------------------------------------------------------------------------------------------------------ */
 
@@ -21,7 +23,9 @@ typedef struct {
 
 static void destroy(void *kernel) {
   Kernel *k = kernel;
-  for (int i = 0; i < WEIGHTS; i++) free(k->owned[i]);
+  for (int form = 0; form < MOST_FORMS; form++)
+    for (int i = 0; i < WEIGHTS; i++) free(k->packed[form].owned[i]);
+  free(k->choice);
   free(k->bias);
   free(k);
   count_kernels(-1);
@@ -36,10 +40,10 @@ static Status *read_size(Kernel *k, const void *info, const char *name, int64_t 
   return NULL;
 }
 
-static Status *read_weight(Kernel *k, const void *info, int index, size_t place) {
-  static const size_t SIZES[] = {[TYPE_FLOAT] = 4, [TYPE_UINT16] = 2, [TYPE_INT32] = 4};
-  int constant = 0, type = 0, wanted = weight_type(k->entry->family, index);
-  const void *value = NULL, *data = NULL;
+/* A constant input of a type: where its data lie, and how many entries there are. */
+static Status *read_constant(Kernel *k, const void *info, size_t place, int wanted, const void **data, int64_t *length) {
+  int constant = 0, type = 0;
+  const void *value = NULL;
   int64_t dims[MAX_RANK];
   size_t rank = 0;
   Status *status =
@@ -47,22 +51,47 @@ static Status *read_weight(Kernel *k, const void *info, int index, size_t place)
   if (status) return status;
   if (!constant || !value)
     return fail(k->api, "%s: input %zu, a part of the packed weight, must be a constant initializer", k->entry->name, place);
-  if ((status = shape_of(k->api, value, dims, &rank, &type)) || (status = data_of(k->api, value, &data))) return status;
+  if ((status = shape_of(k->api, value, dims, &rank, &type)) || (status = data_of(k->api, value, data))) return status;
   if (type != wanted) return fail(k->api, "%s: input %zu has another type than expected", k->entry->name, place);
-  k->lengths[index] = product(dims, rank);
-  if (k->lengths[index] > INT32_MAX) return fail(k->api, "%s: input %zu is too large", k->entry->name, place);
-  if (!k->lengths[index] || (uintptr_t)data % LINE) {
-    k->owned[index] = copied(data, (size_t)k->lengths[index] * SIZES[type]);
-    if (!k->owned[index]) return fail(k->api, "%s: no memory for the packed weight", k->entry->name);
-    data = k->owned[index];
+  *length = product(dims, rank);
+  if (*length > INT32_MAX) return fail(k->api, "%s: input %zu is too large", k->entry->name, place);
+  return NULL;
+}
+
+static Status *read_weight(Kernel *k, const void *info, Packed *p, int index, size_t place) {
+  static const size_t SIZES[] = {[TYPE_FLOAT] = 4, [TYPE_UINT16] = 2, [TYPE_INT32] = 4};
+  int type = weight_type(p->form->family, index);
+  const void *data = NULL;
+  Status *status = read_constant(k, info, place, type, &data, &p->lengths[index]);
+  if (status) return status;
+  if (!p->lengths[index] || (uintptr_t)data % LINE) {
+    p->owned[index] = copied(data, (size_t)p->lengths[index] * SIZES[type]);
+    if (!p->owned[index]) return fail(k->api, "%s: no memory for the packed weight", k->entry->name);
+    data = p->owned[index];
   }
-  k->weights[index] = data;
+  p->weights[index] = data;
+  return NULL;
+}
+
+/* Which form to use up to which number of tokens; the last is for all that are more. */
+static Status *read_choice(Kernel *k, const void *info, size_t place) {
+  const void *data = NULL;
+  int64_t length = 0;
+  Status *status = read_constant(k, info, place, TYPE_INT32, &data, &length);
+  if (status) return status;
+  if (length < 2 || length % 2 || length > MOST_RANGES) return fail(k->api, "%s: input %zu must have two numbers for each range", k->entry->name, place);
+  k->choice = copied(data, (size_t)length * 4);
+  if (!k->choice) return fail(k->api, "%s: no memory for the choice", k->entry->name);
+  k->ranges = length / 2;
+  for (int64_t i = 0; i < k->ranges; i++)
+    if (k->choice[2 * i + 1] < 0 || k->choice[2 * i + 1] >= k->entry->count || (i && k->choice[2 * i] <= k->choice[2 * i - 2]))
+      return fail(k->api, "%s: the choice must ascend and name forms that there are", k->entry->name);
   return NULL;
 }
 
 /* The bias, if it is constant or there is none. A convolution reads what is added to its sums and then their scales. */
 static Status *read_constant_bias(Kernel *k, const void *info) {
-  size_t count = (size_t)k->outputs * (k->entry->family == CONV ? 2 : 1);
+  size_t count = (size_t)k->outputs * (is_conv(k->entry) ? 2 : 1);
   const void *value = NULL, *data = NULL;
   if (k->entry->bias) {
     int constant = 0, type = 0;
@@ -83,20 +112,26 @@ static Status *read_constant_bias(Kernel *k, const void *info) {
 }
 
 static Status *fill(Kernel *k, const void *info) {
+  const Entry *e = k->entry;
   Status *status;
   if ((status = read_size(k, info, "outputs", INT32_MAX, &k->outputs))) return status;
   if ((status = read_size(k, info, "inputs", INT32_MAX, &k->inputs))) return status;
-  if (k->entry->family == ROWS || k->entry->family == CONV) {
-    if ((status = read_size(k, info, "chunk", 65536, &k->chunk))) return status;
-    if ((status = read_size(k, info, "block", 65536, &k->block))) return status;
+  size_t place = 1 + (size_t)e->bias + (size_t)e->residual;
+  if (e->count > 1 && (status = read_choice(k, info, place++))) return status;
+  if (is_conv(e) && (status = read_size(k, info, "vectors", 64, &k->vectors))) return status;
+  for (int form = 0; form < e->count; form++) {
+    Packed *p = &k->packed[form];
+    p->form = &e->forms[form];
+    if (p->form->family == ROWS || p->form->family == CONV) {
+      if ((status = read_size(k, info, "chunk", 65536, &k->chunk))) return status;
+      if ((status = read_size(k, info, "block", 65536, &k->block))) return status;
+    }
+    for (int i = 0; i < weight_count(p->form->family); i++)
+      if ((status = read_weight(k, info, p, i, place++))) return status;
+    const char *wrong = scratch_limit(k, p) > MOST_VALUES ? "the inputs are too many" : check_weight(k, p);
+    if (wrong) return fail(k->api, "%s: malformed packed weight: %s", e->name, wrong);
+    if (p->form->family == MASK) p->weights[3] = mask_controls();
   }
-  if (k->entry->family == CONV && (status = read_size(k, info, "vectors", 64, &k->vectors))) return status;
-  size_t first = 1 + (size_t)k->entry->bias + (size_t)k->entry->residual;
-  for (int i = 0; i < weight_count(k->entry->family); i++)
-    if ((status = read_weight(k, info, i, first + (size_t)i))) return status;
-  const char *wrong = scratch_limit(k) > MOST_VALUES ? "the inputs are too many" : check_weight(k);
-  if (wrong) return fail(k->api, "%s: malformed packed weight: %s", k->entry->name, wrong);
-  if (k->entry->family == MASK) k->weights[3] = mask_controls();
   return read_constant_bias(k, info);
 }
 
@@ -118,7 +153,7 @@ static Status *create(const CustomOp *op, Api api, const void *info, void **resu
 static Status *compute(void *kernel, void *context) {
   Tensor x, bias, residual;
   x.owned = bias.owned = residual.owned = NULL;
-  Status *status = (((Kernel *)kernel)->entry->family == CONV ? compute_conv : compute_linear)(kernel, context, &x, &bias, &residual);
+  Status *status = (is_conv(((Kernel *)kernel)->entry) ? compute_conv : compute_linear)(kernel, context, &x, &bias, &residual);
   free(x.owned);
   free(bias.owned);
   free(residual.owned);
@@ -132,13 +167,21 @@ static const char *name(const CustomOp *op) { return entry_of(op)->name; }
 static const char *on_cpu(const CustomOp *op) { return (void)op, NULL; }
 static size_t input_count(const CustomOp *op) {
   const Entry *e = entry_of(op);
-  return 1 + (size_t)e->bias + (size_t)e->residual + (size_t)weight_count(e->family) + (e->indexed ? 2 : 0);
+  size_t count = 1 + (size_t)e->bias + (size_t)e->residual + (e->count > 1) + (e->indexed ? 2 : 0);
+  for (int form = 0; form < e->count; form++) count += (size_t)weight_count(e->forms[form].family);
+  return count;
 }
 static int input_type(const CustomOp *op, size_t i) {
   const Entry *e = entry_of(op);
-  size_t first = 1 + (size_t)e->bias + (size_t)e->residual, last = first + (size_t)weight_count(e->family);
-  if (i >= last) return i == last ? TYPE_INT32 : TYPE_INT64;
-  return i < first ? TYPE_FLOAT : weight_type(e->family, (int)(i - first));
+  size_t first = 1 + (size_t)e->bias + (size_t)e->residual;
+  if (i < first) return TYPE_FLOAT;
+  if (e->count > 1 && i == first++) return TYPE_INT32;
+  for (int form = 0; form < e->count; form++) {
+    size_t count = (size_t)weight_count(e->forms[form].family);
+    if (i - first < count) return weight_type(e->forms[form].family, (int)(i - first));
+    first += count;
+  }
+  return i == first ? TYPE_INT32 : TYPE_INT64;
 }
 static int output_type(const CustomOp *op, size_t i) { return (void)op, (void)i, TYPE_FLOAT; }
 static size_t one_output(const CustomOp *op) { return (void)op, 1; }
@@ -170,14 +213,14 @@ static Status *infer_shape(const CustomOp *op, void *context) {
                                                                                      sizeof outputs, &size);
   if (status) return drop(api, status), NULL;
   const Window *w = &entry_of(op)->window;
-  if (entry_of(op)->family == CONV) {
+  if (is_conv(entry_of(op))) {
     if (rank != (size_t)w->rank + 2) return NULL;
     dims[1] = outputs;
     symbols[1] = "";
     for (size_t i = 2; i < rank; i++) {
       size_t axis = i - rank + 2;
       int64_t reach = (int64_t)w->dilation[axis] * (w->kernel[axis] - 1) + 1;
-      int64_t size = dims[i] < 0 ? -1 : (dims[i] + 2 * w->padding[axis] - reach) / w->stride[axis] + 1;
+      int64_t size = dims[i] < 0 ? -1 : (dims[i] + 2 * w->padding[axis] + w->extra[axis] - reach) / w->stride[axis] + 1;
       dims[i] = size < 0 ? -1 : size;
       symbols[i] = "";
     }

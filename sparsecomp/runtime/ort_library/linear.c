@@ -4,16 +4,24 @@
 
 #include "library.h"
 
+/* The form of the weight that is best for so many tokens. */
+static const Packed *packed_for(const Kernel *k, int64_t tokens) {
+  int64_t range = 0;
+  while (range < k->ranges - 1 && tokens > k->choice[2 * range]) range++;
+  return &k->packed[k->ranges ? k->choice[2 * range + 1] : 0];
+}
+
 /* Run with at most so many tokens at a time that 32-bit indices reach them. */
 static Status *run_slices(Kernel *k, void *context, int64_t tokens, const float *x, const float *bias,
                           const float *residual, float *y) {
   int64_t widest = k->inputs > k->outputs ? k->inputs : k->outputs, slice = MOST_VALUES / widest;
   if (slice < 1) slice = 1;
+  const Packed *packed = packed_for(k, tokens);
   Status *status = NULL;
   for (int64_t first = 0; first < tokens && !status; first += slice) {
     int64_t count = tokens - first < slice ? tokens - first : slice;
-    int32_t threads = threads_for(k, count);
-    Cut cut = cut_linear(k, count, threads);
+    int32_t threads = threads_for(k, count * packed->kept);
+    Cut cut = cut_linear(k, packed, count, threads);
     status = launch(k, context, &cut, threads, x + first * k->inputs, bias,
                     residual ? residual + first * k->outputs : NULL, y + first * k->outputs);
   }
@@ -61,4 +69,3 @@ Status *compute_linear(Kernel *k, void *context, Tensor *x, Tensor *bias, Tensor
   if ((status = make_output(k, context, out, rank, &y))) return status;
   return run_slices(k, context, product(out, rank - 1), x->data, bias->data, k->entry->residual ? residual->data : NULL, y);
 }
-

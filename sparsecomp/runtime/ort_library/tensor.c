@@ -90,7 +90,7 @@ Status *read_bias(Kernel *k, void *context, Tensor *bias) {
   Status *status = read_input(k, context, 1, bias);
   if (status) return status;
   if (bias->rank != 1 || bias->dims[0] != k->outputs) return wrong_shape(k, "the bias");
-  if (k->entry->family != CONV && (uintptr_t)bias->data % LINE == 0) return NULL;
+  if (!is_conv(k->entry) && (uintptr_t)bias->data % LINE == 0) return NULL;
   bias->owned = aligned_alloc(LINE, (size_t)ceil_div(8 * (int64_t)k->outputs, LINE) * LINE);
   if (!bias->owned) return fail(k->api, "%s: no memory for the bias", k->entry->name);
   memcpy(bias->owned, bias->data, (size_t)k->outputs * 4);
