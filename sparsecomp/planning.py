@@ -15,12 +15,13 @@ from sparsecomp.dryrun import explain
 from sparsecomp.log import log
 from sparsecomp.options import Options
 from sparsecomp.patterns import Pattern
-from sparsecomp.planner.budget import Budget, Summary
+from sparsecomp.planner.budget import Budget, Summary, milliseconds
 from sparsecomp.planner.plan import Option, Plan, SiteChoice
 from sparsecomp.planner.pricing import Pricer, model_us, scaled
 from sparsecomp.planner.quality import Quality, describe, mean_loss
-from sparsecomp.planner.select import groups_of, module_name, select
+from sparsecomp.planner.select import groups_of, mildest, module_name, select
 from sparsecomp.planner.sensitivity import Estimate, estimate
+from sparsecomp.pruning.batchnorm import FollowingNorms
 from sparsecomp.pruning.calibration import Call, as_calls, calibrating
 from sparsecomp.pruning.criterion import Criterion, criterion_named
 from sparsecomp.pruning.sites import FilterFn, Site, choose_sites
@@ -46,7 +47,9 @@ HELD_OUT = 8
 """One of this many calibration batches is kept for measuring losses, where there are at least so many."""
 
 PROBE_TOKENS = 512
-"""Losses of single sites are measured on as many held out batches as hold about so many tokens, one at least."""
+PROBE_IMAGES = 32
+"""Losses of single sites are measured on as many held out batches as hold about so many tokens (images, where the first
+site is a convolution), one at least."""
 
 ROUNDS = 5
 """Plans that are tried at most until the measured loss keeps a quality budget."""
@@ -77,7 +80,8 @@ def plan(
     would prune it; that of the rest from one measurement of the dense model under Inductor. The loss of every layer and
     pattern is estimated (see docs/planning.md), and the choice is a multiple-choice knapsack, solved exactly. Under a
     quality budget a copy of the model is then pruned as planned and its loss measured; where the estimates were off,
-    they are corrected and the choice is made again.
+    they are corrected and the choice is made again. Layers are linears and convolutions, under one budget; depthwise
+    convolutions are not pruned.
 
     Args:
         model: any module; it is not changed.
@@ -94,8 +98,8 @@ def plan(
         filter_fn: `(module, qualified_name) -> bool`, which layers may be pruned; all of them if None. Layers that
             share their weight with others are left as they are in any case.
         quality: `(dense_output, pruned_output) -> loss` of one batch, 0 for equal outputs; if None, the
-            Kullback-Leibler divergence in nats per token for models that give logits, else 1 - mean cosine of the
-            vectors in the output.
+            Kullback-Leibler divergence in nats per token for models that give `.logits`, else 1 - mean cosine of the
+            vectors in the output (along the channels, if it is maps).
         autotune: measure the kernels on the real shapes where their costs would otherwise be predicted.
         progress: whether to show a progress bar; None: on a terminal.
 
@@ -103,9 +107,10 @@ def plan(
         The plan: for `sparsify_`, and for the option `plan` of the backend.
 
     Raises:
-        ValueError: there is not exactly one budget, it is bad or cannot be reached (the message says what can), a
-            pattern does not say how much to prune, there is no calibration batch, a site cannot be pruned or has NaN in
-            its inputs, no site of the model can become faster, or the outputs cannot be compared.
+        ValueError: there is not exactly one budget, it is bad or cannot be reached (the message says what can; under a
+            quality budget something must be pruned), a pattern does not say how much to prune, there is no calibration
+            batch, a site cannot be pruned or has NaN in its inputs, no site of the model can become faster, or the
+            outputs cannot be compared.
     """
     budget = Budget.of(max_quality_loss, max_latency, speedup)
     wanted = _patterns(DEFAULT_PATTERNS if patterns is None else patterns)
@@ -162,8 +167,7 @@ class _Priced:
 def _priced(model: nn.Module, sites: Sequence[Site], timed: Call, target: Target, autotune: bool) -> _Priced:
     report = explain(model, *timed.args, options=Options(target=target), **timed.kwargs)
     tied = _tied(model)
-    # Costs of convolutions depend on more than an entry of a plan tells.
-    free = {s.name: s for s in sites if id(s.weight) not in tied and isinstance(s.module, nn.Linear)}
+    free = {site.name: site for site in sites if id(site.weight) not in tied}
     entries = [choice for choice in report.plan if module_name(choice) in free and not choice.declined]
     if not entries:
         declined = next((f": {c.name} is {c.reason}" for c in report.plan if c.declined), "")
@@ -210,7 +214,10 @@ class _Job:
 
     def options(self, priced: _Priced, patterns: list[Pattern]) -> Plan:
         """The plan with what every site could be pruned to; nothing is chosen yet."""
-        probes, outputs = self._probes(next(iter(priced.sites.values())))
+        first = next(iter(priced.sites.values()))
+        probes = _as_many(self._model, first, self._held)
+        outputs = [call.run(self._model) for call in probes]
+        norms = FollowingNorms(self._model, _as_many(self._model, first, self._used))
         entries: dict[str, list[SiteChoice]] = {}
         for choice in priced.plan:
             if (name := module_name(choice)) in priced.sites and not choice.declined:
@@ -223,6 +230,10 @@ class _Job:
             offers[site.name, prune] = offer
             return sum(map(_us, offer)) < sum(map(_us, entries[site.name]))
 
+        def loss() -> float:
+            with norms.moved():
+                return mean_loss(self._model, probes, outputs, self._quality)
+
         task = self._bar.add_task("estimating losses", total=len(priced.sites))
         found = estimate(
             self._model,
@@ -230,7 +241,7 @@ class _Job:
             list(priced.sites.values()),
             patterns,
             self._criterion,
-            loss=lambda: mean_loss(self._model, probes, outputs, self._quality),
+            loss=loss,
             wanted=wanted,
             done=lambda: self._bar.advance(task),
         )
@@ -254,25 +265,6 @@ class _Job:
         # Sites without options belong to the rest: they stay as they are.
         rest = max(0.0, summary.dense_us - dense)
         return replace(priced.plan, sites=sites, summary=replace(summary, rest_us=rest, planned_us=rest + inside))
-
-    def _probes(self, site: Site) -> tuple[list[Call], list[Any]]:
-        """The held out batches for losses of single sites, and the dense model's outputs."""
-        outputs: list[Any] = []
-        tokens = 0
-
-        def count(_: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal tokens
-            tokens += site.kind.to_inputs(site.module, args[0]).shape[0] if args else 0
-
-        handle = site.module.register_forward_pre_hook(count)
-        try:
-            for call in self._held:
-                outputs.append(call.run(self._model))
-                if tokens >= PROBE_TOKENS:
-                    break
-        finally:
-            handle.remove()
-        return self._held[: len(outputs)], outputs
 
     def keep(self, options: Plan, budget: Budget) -> Plan:
         """Choose under a quality budget such that the measured loss keeps it.
@@ -304,20 +296,61 @@ class _Job:
                 wanted = budget.value * estimated / measured if measured else float("inf")
                 allowed = min(max(wanted, 1.01 * estimated), 4 * estimated) if estimated else 4 * allowed
         self._bar.update(task, completed=ROUNDS)
-        if best is None:
-            log.warning("plan: no choice kept a %s; the plan prunes nothing", budget)
-            best = _corrected(select(options, Budget("max_quality_loss", 0.0)), 0.0, budget)
+        if best is None or not _prunes(best):
+            best = self._mildest(options, budget)
         return best
+
+    def _mildest(self, options: Plan, budget: Budget) -> Plan:
+        """The plan that prunes least, if it keeps the budget.
+
+        Raises:
+            ValueError: it does not, so that nothing can be pruned.
+        """
+        least = mildest(options)
+        measured = self._measured(least)
+        if measured > budget.value:
+            assert least.summary is not None
+            what = ", ".join(f"{choice.name} to {choice.prune}" for choice in least if choice.prune)
+            raise ValueError(
+                f"a {budget} is not kept by any plan that prunes: the least ({what}) loses {measured:.3g} as measured, "
+                f"for {milliseconds(least.summary.planned_us)} instead of {milliseconds(least.summary.dense_us)}; "
+                "allow more loss, or give milder patterns or more calibration"
+            )
+        return _corrected(least, measured, budget)
 
     def _measured(self, plan: Plan) -> float:
         """The loss of the model pruned as planned, on what was held out."""
-        if not any(choice.prune for choice in plan):
+        if not _prunes(plan):
             return 0.0
         pruned = copy.deepcopy(self._model)
         batches = [call.kwargs or call.args for call in self._used]
         sparsify_(pruned, plan, criterion=self._criterion.name, calibration=batches, progress=False)
         with calibrating(pruned):
             return mean_loss(pruned, self._held, self._model, self._quality)
+
+
+def _as_many(model: nn.Module, site: Site, calls: Sequence[Call]) -> list[Call]:
+    """The first calls that hold about as many inputs of a site as losses of single sites are measured on."""
+    linear = isinstance(site.module, nn.Linear)
+    seen = 0
+
+    def count(_: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        seen += args[0].shape[:-1].numel() if linear else args[0].shape[0]
+
+    handle = site.module.register_forward_pre_hook(count)
+    try:
+        for number, call in enumerate(calls, 1):
+            call.run(model)
+            if seen >= (PROBE_TOKENS if linear else PROBE_IMAGES):
+                return list(calls[:number])
+    finally:
+        handle.remove()
+    return list(calls)
+
+
+def _prunes(plan: Plan) -> bool:
+    return any(choice.prune for choice in plan)
 
 
 def _estimated(plan: Plan) -> float:

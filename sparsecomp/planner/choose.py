@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from sparsecomp.ir import Site
+from sparsecomp.ir import ConvSite, Site
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.plan import Prediction, SiteChoice
 from sparsecomp.targets.base import DENSE, Candidate, Problem, Target, WeightFacts
@@ -48,7 +48,7 @@ def choose(
     """
     predictions = _predict(facts, problem, target, options, measured or {})
     chosen, reason = _lowest(facts, predictions, options, bool(measured))
-    if options.plan is not None and (asked := options.plan.site(name, problem.tokens)) is not None:
+    if options.plan is not None and (asked := options.plan.site(name, problem.tokens, problem.maps)) is not None:
         forced, note = _forced(asked, facts, problem, target, predictions)
         if forced is None:
             reason = f"{note}; {reason}"
@@ -69,11 +69,14 @@ def choose(
         activation=problem.activation,
         residual=problem.residual,
         dynamic=dynamic,
+        window=problem.window,
+        maps=problem.maps,
     )
 
 
 def decline(site: Site, reason: str, facts: WeightFacts | None = None) -> SiteChoice:
     """The choice for a site that stays dense whatever the costs, for a reason that is not a matter of costs."""
+    window = site.window if isinstance(site, ConvSite) else None
     return SiteChoice(
         name=site.name,
         shape=(site.out_features, site.in_features),
@@ -87,6 +90,8 @@ def decline(site: Site, reason: str, facts: WeightFacts | None = None) -> SiteCh
         residual=site.residual is not None,
         dynamic=site.dynamic,
         declined=True,
+        window=window,
+        maps=site.maps if isinstance(site, ConvSite) and window is not None else None,
     )
 
 
@@ -154,9 +159,9 @@ def _forced(
 ) -> tuple[Prediction | None, str]:
     """What a plan's entry makes of a site, and the reason; None and why the entry cannot be followed otherwise.
 
-    At the number of tokens of the entry (0: at every one) the kernel is the plan's. At another one only its pattern is,
-    and the cheapest of its kernels or dense is taken: the best kernel for 128 tokens may be a bad one for a single
-    token.
+    At the number of tokens of the entry (0: at every one), or at its maps, the kernel is the plan's. Elsewhere only its
+    pattern is, and the cheapest of its kernels or dense is taken: the best kernel for 128 tokens may be a bad one for a
+    single token.
     """
     wanted = asked.chosen
     if wanted.is_dense:
@@ -172,7 +177,8 @@ def _forced(
     offered = [candidate for candidate in of_pattern if not candidate.is_dense]
     priced = {candidate: target.predict(candidate, problem) for candidate in offered}
     same = [c for c, us in priced.items() if us != float("inf") and c.pattern == wanted.pattern]
-    if asked.tokens in (0, problem.tokens):
+    here = asked.tokens in (0, problem.tokens) and asked.maps in (None, problem.maps)
+    if here:
         same = [c for c in same if c.kernel == wanted.kernel]
         if wanted.params:
             same = [c for c in same if c.params == wanted.params] or same
@@ -180,9 +186,10 @@ def _forced(
         return None, f"the plan asks for {wanted}, which target {target.name} does not offer for this weight"
     best = min(same, key=priced.__getitem__)
     dense = next(item for item in predictions if item.candidate.is_dense)
-    if asked.tokens not in (0, problem.tokens) and priced[best] * MARGIN > dense.us:
+    if not here and priced[best] * MARGIN > dense.us:
+        there = f"{asked.tokens} tokens" if asked.maps is None else str(asked.maps)
         return dense, (
-            f"dense: the plan asks for {wanted} at {asked.tokens} tokens; at {problem.tokens} {best} is predicted "
+            f"dense: the plan asks for {wanted} at {there}; at {problem.maps or problem.tokens} {best} is predicted "
             f"{_us(priced[best])} us against dense {_us(dense.us)} us"
         )
     known = next((item for item in predictions if item.candidate == best), None)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from sparsecomp.planner.budget import Budget, milliseconds
 from sparsecomp.planner.plan import Plan
-from sparsecomp.planner.select import groups_of, select
+from sparsecomp.planner.select import groups_of, least_us, select
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def front(plan: Plan, points: int) -> Front:
     groups = groups_of(plan)
     summary = plan.summary
     assert summary is not None
-    low = summary.rest_us + sum(group.fastest.us for group in groups)
+    low = least_us(plan)
     high = summary.rest_us + sum(group.options[0].us for group in groups)
     found: dict[float, Point] = {}
     for step in range(points):

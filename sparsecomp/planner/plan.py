@@ -15,6 +15,7 @@ from sparsecomp.patterns import Pattern
 from sparsecomp.planner.budget import Budget, Summary
 from sparsecomp.planner.reader import DocumentError, Reader, parse_json, read_text
 from sparsecomp.targets.base import DENSE, Candidate
+from sparsecomp.window import Maps, Window
 
 if TYPE_CHECKING:
     from sparsecomp.planner.pareto import Front
@@ -75,8 +76,8 @@ class SiteChoice:
 
     Attributes:
         name: qualified module name.
-        shape: `(O, I)` of the weight.
-        tokens: rows of the input that the costs are for.
+        shape: `(O, I)` of the weight; of a convolution `(O, I / groups * taps)`.
+        tokens: rows of the input that the costs are for; of a convolution the output positions of all images.
         dtype: such as `float32`.
         density: nonzeros / entries of the weight.
         patterns: printed patterns that the weight satisfies, fullest first.
@@ -89,6 +90,8 @@ class SiteChoice:
         declined: whether the site cannot be rewritten, whatever the costs.
         prune: printed pattern that the weight is to be pruned to, with its share of zeros; empty: it stays as it is.
         options: what `prune` was chosen from, the weight as it is first; empty for a site that was not to be pruned.
+        window: of a convolution, None for a linear.
+        maps: that a convolution is called with, None for a linear.
     """
 
     name: str
@@ -106,6 +109,8 @@ class SiteChoice:
     declined: bool = False
     prune: str = ""
     options: tuple[Option, ...] = ()
+    window: Window | None = None
+    maps: Maps | None = None
 
     def prediction(self, candidate: Candidate) -> Prediction | None:
         """The costs of a candidate, None if it was not considered."""
@@ -143,6 +148,8 @@ class SiteChoice:
             "out_features": self.shape[0],
             "in_features": self.shape[1],
             "tokens": self.tokens,
+            "window": None if self.window is None else _window_dict(self.window),
+            "maps": None if self.maps is None else asdict(self.maps),
             "dynamic": self.dynamic,
             "dtype": self.dtype,
             "activation": self.activation,
@@ -180,6 +187,8 @@ class SiteChoice:
             name=reader.text("name"),
             shape=(reader.integer("out_features", 0), reader.integer("in_features", 0)),
             tokens=reader.integer("tokens", 0),
+            window=_window(reader),
+            maps=_maps(reader),
             dynamic=reader.boolean("dynamic", False),
             dtype=reader.text("dtype", "float32"),
             activation=reader.text("activation", "none"),
@@ -224,15 +233,17 @@ class Plan:
         return len(self.sites)
 
     def add(self, choices: Iterable[SiteChoice]) -> None:
-        """Append choices, replacing those for the same site and number of tokens."""
-        merged = {(choice.name, choice.tokens): choice for choice in self.sites}
-        merged.update({(choice.name, choice.tokens): choice for choice in choices})
+        """Append choices, replacing those for the same site and number of tokens (the same maps)."""
+        merged = {(choice.name, choice.tokens, choice.maps): choice for choice in (*self.sites, *choices)}
         self.sites = list(merged.values())
 
-    def site(self, name: str, tokens: int | None = None) -> SiteChoice | None:
-        """The choice for a site: the one for that number of tokens if there is one, else the first of that name."""
+    def site(self, name: str, tokens: int | None = None, maps: Maps | None = None) -> SiteChoice | None:
+        """The choice for a site: the one for that number of tokens if there is one, else the first of that name.
+
+        Of a convolution, whose maps may differ at one number of positions, it is the one for these maps.
+        """
         named = [choice for choice in self.sites if choice.name == name]
-        exact = (choice for choice in named if choice.tokens == tokens)
+        exact = (choice for choice in named if choice.tokens == tokens and choice.maps in (None, maps))
         return next(exact, named[0] if named else None)
 
     def replan(
@@ -254,11 +265,11 @@ class Plan:
 
         Raises:
             ValueError: not exactly one budget is given, it is bad or cannot be reached (the message says what can), or
-                this plan has no options to choose from.
+                this plan has no options to choose from, or a quality budget leaves nothing to prune.
         """
-        from sparsecomp.planner.select import select
+        from sparsecomp.planner.select import replan
 
-        return select(self, Budget.of(max_quality_loss, max_latency, speedup))
+        return replan(self, Budget.of(max_quality_loss, max_latency, speedup))
 
     def pareto(self, points: int = 24) -> Front:
         """The best losses that can be had at different latencies, from the saved options.
@@ -374,6 +385,44 @@ def _candidate(reader: Reader, *, finish: bool) -> Candidate:
     if finish:
         reader.finish()
     return DENSE if kernel == DENSE.kernel else Candidate(kernel, pattern, params)
+
+
+_WINDOW_PAIRS = ("kernel", "stride", "padding", "dilation", "extra")
+_MAPS = ("images", "height", "width")
+
+
+def _window_dict(window: Window) -> dict[str, int]:
+    pairs = {name: getattr(window, name) for name in _WINDOW_PAIRS}
+    flat = {f"{name}_{axis}": pair[at] for name, pair in pairs.items() for at, axis in enumerate("yx")}
+    return {**flat, "groups": window.groups}
+
+
+def _window(reader: Reader) -> Window | None:
+    names = [f"{name}_{axis}" for name in _WINDOW_PAIRS for axis in "yx"]
+    sizes = _sizes(reader, "window", [*names, "groups"])
+    if sizes is None:
+        return None
+    for name in ("kernel_y", "kernel_x", "stride_y", "stride_x", "dilation_y", "dilation_x", "groups"):
+        if not sizes[name]:
+            raise DocumentError(f"{reader.place('window')}.{name}: expected at least 1, given 0")
+    pairs = {name: (sizes[f"{name}_y"], sizes[f"{name}_x"]) for name in _WINDOW_PAIRS}
+    return Window(**pairs, groups=sizes["groups"])
+
+
+def _maps(reader: Reader) -> Maps | None:
+    sizes = _sizes(reader, "maps", _MAPS)
+    if (sizes is None) != (not reader.has("window")):
+        raise DocumentError(f"{reader.place('maps')}: a convolution has both a window and maps, a linear has neither")
+    return None if sizes is None else Maps(**sizes)
+
+
+def _sizes(reader: Reader, key: str, names: Iterable[str]) -> dict[str, int] | None:
+    inner = reader.inner(key)
+    if inner is None:
+        return None
+    sizes = {name: inner.integer(name) for name in names}
+    inner.finish()
+    return sizes
 
 
 def _prediction(value: Any, where: str) -> Prediction:

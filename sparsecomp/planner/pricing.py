@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecomp.options import Options
-from sparsecomp.planner.choose import choose
+from sparsecomp.planner.choose import choose, offered_candidates
 from sparsecomp.planner.measure import measure
 from sparsecomp.planner.plan import SiteChoice
 from sparsecomp.pruning.calibration import Call
@@ -66,10 +66,10 @@ class Pricer:
         return measured / predicted if predicted else 1.0
 
     def _dense_us(self, site: SiteChoice, weight: Tensor) -> float:
-        key = (site.shape, site.tokens, site.dtype)
+        key = _likeness(site)
         if key not in self._dense:
             problem = _problem(site, WeightFacts.of(weight), self._threads)
-            self._dense[key] = measure([], weight, problem, self._target)[DENSE]
+            self._dense[key] = measure([], _tensor(site, weight), problem, self._target)[DENSE]
         return self._dense[key]
 
     def price(self, site: SiteChoice, weight: Tensor, prune: str) -> SiteChoice:
@@ -77,7 +77,7 @@ class Pricer:
 
         Args:
             site: as it is.
-            weight: `[O, I]`.
+            weight: `[O, I]`; of a convolution `[O, I / groups * taps]`.
             prune: what the weight was pruned to: sites that are alike are measured once for each.
         """
         facts = WeightFacts.of(weight)
@@ -86,14 +86,17 @@ class Pricer:
         return choose(facts, problem, self._target, Options(), name=site.name, dynamic=site.dynamic, measured=measured)
 
     def _measure(self, site: SiteChoice, weight: Tensor, problem: Problem, prune: str) -> dict[Candidate, float]:
-        priced = {c: self._target.predict(c, problem) for c in self._target.candidates(problem.facts)}
+        priced = {
+            candidate: self._target.predict(candidate, problem)
+            for candidate in offered_candidates(problem.facts, problem, self._target, None)
+        }
         hopeful = [c for c, us in priced.items() if not c.is_dense and us < HOPELESS * priced[DENSE]]
         dense = self._dense_us(site, weight)
         if not hopeful:
             return {DENSE: dense}
-        key = (site.shape, site.tokens, site.dtype, prune, round(problem.facts.density, 2), tuple(hopeful))
+        key = (*_likeness(site), prune, round(problem.facts.density, 2), tuple(hopeful))
         if key not in self._known:
-            times = measure(hopeful, weight, problem, self._target)
+            times = measure(hopeful, _tensor(site, weight), problem, self._target)
             # Against one measurement of dense, so that a change of the clock between two calls favours none.
             self._known[key] = {candidate: us * dense / times[DENSE] for candidate, us in times.items()}
         return self._known[key]
@@ -101,7 +104,17 @@ class Pricer:
 
 def _problem(site: SiteChoice, facts: WeightFacts, threads: int) -> Problem:
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[site.dtype]
-    return Problem(facts, site.tokens, threads, site.activation, site.residual, dtype)
+    return Problem(facts, site.tokens, threads, site.activation, site.residual, dtype, site.window, site.maps)
+
+
+def _likeness(site: SiteChoice) -> tuple[Hashable, ...]:
+    """What sites have in common that take the same time."""
+    return site.shape, site.tokens, site.dtype, site.window, site.maps
+
+
+def _tensor(site: SiteChoice, weight: Tensor) -> Tensor:
+    """The weight `[O, I]` of a site as its product takes it: of a convolution `[O, I / groups, kh, kw]`."""
+    return weight if site.window is None else weight.reshape(weight.shape[0], -1, *site.window.kernel)
 
 
 def scaled(choice: SiteChoice, scale: float) -> SiteChoice:

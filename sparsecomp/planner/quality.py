@@ -35,7 +35,8 @@ def loss_of(quality: Quality | None, call: Call, dense: Any, pruned: Any) -> flo
 
     Without a `quality` of the user: for outputs with `logits` the mean over positions of the Kullback-Leibler
     divergence from the dense model's distribution, in nats; for others 1 minus the mean cosine between the vectors of
-    the first floating-point tensor. Positions that an `attention_mask` of the call leaves out do not count.
+    the first floating-point tensor (of maps `[N, C, H, W]` along C). Positions that an `attention_mask` of the call
+    leaves out do not count.
 
     Raises:
         ValueError: the loss is not a finite number, or the output holds nothing to compare.
@@ -51,7 +52,9 @@ def loss_of(quality: Quality | None, call: Call, dense: Any, pruned: Any) -> flo
             p, q = logits.float().log_softmax(-1), given.float().log_softmax(-1)
             each = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
         else:
-            each = 1 - functional.cosine_similarity(_main(dense)[1].float(), _main(pruned)[1].float(), dim=-1)
+            want, given = _main(dense)[1].float(), _main(pruned)[1].float()
+            # The vectors of maps [N, C, H, W] are those of the channels.
+            each = 1 - functional.cosine_similarity(want, given, dim=1 if want.ndim == 4 else -1)
         mask = call.kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == each.shape:
             each = each[mask.bool()]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from sparsecomp.planner.budget import Budget, Summary, milliseconds
+from sparsecomp.planner.budget import Budget, milliseconds
+from sparsecomp.planner.choose import MARGIN
 from sparsecomp.planner.knapsack import Item, solve
-from sparsecomp.planner.plan import Option, Plan, SiteChoice
+from sparsecomp.planner.plan import Option, Plan, Prediction, SiteChoice
+from sparsecomp.targets.base import DENSE, DEPTHWISE
 
 
 @dataclass(frozen=True)
@@ -71,39 +73,113 @@ def select(plan: Plan, budget: Budget) -> Plan:
             raise ValueError(f"a {budget} cannot be reached: the least is {least:.3g}")
     else:
         limit = 1e6 * budget.value if budget.kind == "max_latency" else summary.dense_us / budget.value
-        picked = solve(_items(groups, limit_loss=False), limit - summary.rest_us)
+        items, left = _items(groups, limit_loss=False), limit - summary.rest_us
+        picked = solve(items, left + depthwise_gain(plan))
+        if picked is not None and not _channels_first(plan, _chosen(groups, picked)):
+            picked = solve(items, left)
         if picked is None:
-            raise ValueError(_unreachable(groups, summary, budget))
-    return with_choice(plan, budget, {g.name: g.options[at] for g, at in zip(groups, picked, strict=True)})
+            raise ValueError(_unreachable(plan, groups, budget))
+    return with_choice(plan, budget, _chosen(groups, picked))
+
+
+def replan(plan: Plan, budget: Budget) -> Plan:
+    """`select`, for a budget that something can be pruned under.
+
+    Raises:
+        ValueError: as `select`, or a quality budget leaves nothing to prune.
+    """
+    chosen = select(plan, budget)
+    if budget.kind == "max_quality_loss" and not any(site.prune for site in chosen):
+        least = mildest(plan)
+        assert least.summary is not None
+        raise ValueError(
+            f"under a {budget} no layer can be pruned: the least that is estimated to gain anything loses "
+            f"{least.summary.estimated_loss:.3g}, for {milliseconds(least.summary.planned_us)} instead of "
+            f"{milliseconds(least.summary.dense_us)}"
+        )
+    return chosen
+
+
+def mildest(plan: Plan) -> Plan:
+    """The plan that prunes and loses least: the one option of the least estimated loss, or others that lose no more."""
+    losses = [option.loss for group in groups_of(plan) for option in group.options if option.prune]
+    return select(plan, Budget("max_quality_loss", min(losses) * (1 + 1e-9)))
+
+
+def _chosen(groups: Iterable[Group], picked: Iterable[int]) -> dict[str, Option]:
+    return {group.name: group.options[at] for group, at in zip(groups, picked, strict=True)}
+
+
+def depthwise_gain(plan: Plan) -> float:
+    """Microseconds that the depthwise convolutions of a plan take less beside sparse convolutions.
+
+    They run channels first there (see `targets.base.DEPTHWISE`). In all they take no more of the model than what is
+    spent outside of the sites that can be pruned.
+    """
+    assert plan.summary is not None
+    pairs = [pair for site in plan if (pair := _depthwise(site)) is not None]
+    dense = sum(kept.cost for kept, _ in pairs)
+    share = min(1.0, plan.summary.rest_us / dense) if dense else 0.0
+    return share * sum(kept.cost - beside.cost for kept, beside in pairs)
+
+
+def _depthwise(site: SiteChoice) -> tuple[Prediction, Prediction] | None:
+    """What a depthwise convolution is by itself, and beside sparse convolutions; None for other sites."""
+    dense, channels_first = site.prediction(DENSE), site.prediction(DEPTHWISE)
+    if site.options or dense is None or channels_first is None:
+        return None
+    return dense, channels_first if channels_first.cost * MARGIN <= dense.cost else dense
+
+
+def _channels_first(plan: Plan, chosen: Mapping[str, Option]) -> bool:
+    """Whether a convolution of the plan runs a sparse kernel."""
+    return any(
+        not chosen[module_name(site)].candidate.is_dense for site in plan if site.options and site.window is not None
+    )
 
 
 def _items(groups: Iterable[Group], *, limit_loss: bool) -> list[list[Item]]:
     return [[Item(o.us, o.loss) if limit_loss else Item(o.loss, o.us) for o in group.options] for group in groups]
 
 
-def _unreachable(groups: list[Group], summary: Summary, budget: Budget) -> str:
-    fastest = [group.fastest for group in groups]
-    best = summary.rest_us + sum(option.us for option in fastest)
+def least_us(plan: Plan) -> float:
+    """Predicted microseconds of one call of the model with the fastest option everywhere."""
+    fastest = {group.name: group.fastest for group in groups_of(plan)}
+    summary = with_choice(plan, plan.budget, fastest).summary
+    assert summary is not None
+    return summary.planned_us
+
+
+def _unreachable(plan: Plan, groups: list[Group], budget: Budget) -> str:
+    summary = plan.summary
+    assert summary is not None
+    best = least_us(plan)
     return (
         f"a {budget} cannot be reached: with the fastest option everywhere the model is predicted to take "
         f"{milliseconds(best)} ({summary.dense_us / best:.2f} times as fast as the dense model's "
-        f"{milliseconds(summary.dense_us)}) at an estimated loss of {sum(o.loss for o in fastest):.3g}; "
+        f"{milliseconds(summary.dense_us)}) at an estimated loss of {sum(g.fastest.loss for g in groups):.3g}; "
         f"{milliseconds(summary.rest_us)} are spent outside of the layers that can be pruned"
     )
 
 
-def with_choice(plan: Plan, budget: Budget, chosen: dict[str, Option]) -> Plan:
+def with_choice(plan: Plan, budget: Budget | None, chosen: dict[str, Option]) -> Plan:
     """A copy of a plan whose sites take the options of these patterns, by name of the module."""
     summary = plan.summary
     assert summary is not None
     sites = []
     total = summary.rest_us
+    channels_first = _channels_first(plan, chosen)
+    if channels_first:
+        total -= depthwise_gain(plan)
     for site in plan:
         if site.options:
             wanted = chosen[module_name(site)]
             option = next(item for item in site.options if item.prune == wanted.prune)
             total += option.us
             site = replace(site, prune=option.prune, chosen=option.candidate, reason=_reason(site, option))
+        elif (pair := _depthwise(site)) is not None:
+            kept = pair[channels_first].candidate
+            site = replace(site, chosen=kept, reason=f"{kept}: it is a depthwise convolution, which is not pruned")
         sites.append(site)
     loss = sum(option.loss for option in chosen.values())
     summary = replace(summary, planned_us=total, estimated_loss=loss, measured_loss=None)

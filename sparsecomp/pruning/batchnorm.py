@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,8 +46,22 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> list[str]:
             The model is then as it was, as after any other error.
     """
     norms = batchnorms(model)
+    moments = batch_moments(model, batches)
+    for name, moved in moments.items():
+        for tensor, value in zip(_statistics(norms[name]), moved, strict=True):
+            tensor.copy_(value)
+    return list(moments)
+
+
+def batch_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean `[C]` and variance `[C]`, float64, that every batch norm would get from `reestimate_batchnorm`, by name.
+
+    Raises:
+        ValueError: as `reestimate_batchnorm`.
+    """
+    norms = batchnorms(model)
     if not norms:
-        return []
+        return {}
     calls = as_calls(batches)
     moments = {name: _Moments(name) for name in norms}
     tracking = {name: norm.track_running_stats for name, norm in norms.items()}
@@ -64,11 +79,49 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> list[str]:
                 hook.remove()
             for name, norm in norms.items():
                 norm.track_running_stats = tracking[name]
-        results = {name: moment.result() for name, moment in moments.items() if moment.count}
-        for name, (mean, variance) in results.items():
-            norms[name].running_mean.copy_(mean)  # type: ignore[union-attr]
-            norms[name].running_var.copy_(variance)  # type: ignore[union-attr]
-    return list(results)
+    return {name: moment.result() for name, moment in moments.items() if moment.count}
+
+
+class FollowingNorms:
+    """Lets the statistics of batch norms follow a change of weights, without the noise of a few batches.
+
+    Statistics of few batches differ from the stored ones also where no weight changed. So the stored variance changes
+    by the ratio of the variances on the batches, before and after, and the stored mean stays as many standard
+    deviations away from that of the batches as it was.
+
+    Args:
+        model: as it is before.
+        batches: inputs, as for `reestimate_batchnorm`.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        self._model, self._batches = model, batches
+        self._before = batch_moments(model, batches)
+
+    @contextmanager
+    def moved(self) -> Iterator[None]:
+        """The statistics for the weights as they are now; the stored ones afterwards."""
+        norms = {name: norm for name, norm in batchnorms(self._model).items() if name in self._before}
+        stored = {name: [tensor.clone() for tensor in _statistics(norm)] for name, norm in norms.items()}
+        now = batch_moments(self._model, self._batches) if norms else {}
+        try:
+            for name, norm in norms.items():
+                (mean, variance), (mean0, variance0) = now[name], self._before[name]
+                running_mean, running_var = _statistics(norm)
+                ratio = (variance + norm.eps) / (variance0 + norm.eps)
+                running_mean.copy_(mean + (running_mean - mean0) * ratio.sqrt())
+                running_var.copy_(running_var * ratio)
+            yield
+        finally:
+            for name, norm in norms.items():
+                for tensor, before in zip(_statistics(norm), stored[name], strict=True):
+                    tensor.copy_(before)
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 class _Moments:

@@ -14,6 +14,7 @@ from sparsecomp import Plan
 from sparsecomp.planner import Budget, Option, PlanError, Prediction, SiteChoice, Summary
 from sparsecomp.planner.reader import MAX_BYTES
 from sparsecomp.targets.base import DENSE, Candidate
+from sparsecomp.window import Maps, Window
 
 PANEL = Candidate("panel", "32:2:4", (("tile", 6), ("v", 32)))
 
@@ -171,6 +172,53 @@ def change(path: str, value: Any) -> dict[str, Any]:
 def test_bad_documents_are_refused_with_the_place(path: str, value: Any, message: str) -> None:
     with pytest.raises(PlanError) as caught:
         read(change(path, value))
+    assert message in str(caught.value)
+
+
+MAPS = Maps(1, 28, 28)
+
+
+def convolution(maps: Maps = MAPS) -> SiteChoice:
+    window = Window((3, 3), (2, 2), (1, 1), extra=(0, 1))
+    return replace(site("conv", maps.positions(window)), window=window, maps=maps)
+
+
+def test_convolutions_come_back_with_their_windows_and_are_told_apart_by_their_maps() -> None:
+    wide, high = convolution(Maps(1, 14, 56)), convolution(Maps(1, 56, 14))
+    plan = Plan("x86", [convolution(), wide, high])
+    assert Plan.from_json(plan.to_json()) == plan
+    positions = wide.tokens
+    plan.add([replace(high, tokens=positions, reason="again")])
+    plan.add([replace(high, tokens=positions, reason="and again")])
+    assert len(plan) == 4
+    found = plan.site("conv", positions, Maps(1, 56, 14))
+    assert found is not None
+    assert found.reason == "and again"
+    assert plan.site("conv", positions, Maps(1, 14, 56)) == wide
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("window", "3x3", "plan.sites[0].window: expected an object"),
+        ("maps", None, "a convolution has both a window and maps"),
+        ("window", None, "a convolution has both a window and maps"),
+        ("maps", {"images": 1, "height": 28}, "plan.sites[0].maps.width is missing"),
+        ("maps", {"images": 1, "height": 28, "width": 28, "depth": 28}, "unknown field 'depth'"),
+        ("window.kernel_x", 0, "plan.sites[0].window.kernel_x: expected at least 1, given 0"),
+        ("window.groups", 0, "plan.sites[0].window.groups: expected at least 1, given 0"),
+        ("window.padding_y", -1, "plan.sites[0].window.padding_y: expected an integer from 0"),
+    ],
+)
+def test_bad_windows_are_refused(field: str, value: Any, message: str) -> None:
+    changed: Any = Plan("x86", [convolution()]).to_dict()
+    place = changed["sites"][0]
+    *parents, last = field.split(".")
+    for part in parents:
+        place = place[part]
+    place[last] = value
+    with pytest.raises(PlanError) as caught:
+        read(changed)
     assert message in str(caught.value)
 
 
