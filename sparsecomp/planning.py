@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,24 +114,45 @@ def plan(
             outputs cannot be compared.
     """
     budget = Budget.of(max_quality_loss, max_latency, speedup)
-    wanted = _patterns(DEFAULT_PATTERNS if patterns is None else patterns)
+    wanted = as_patterns(DEFAULT_PATTERNS if patterns is None else patterns)
     rule = criterion_named(criterion)
     model = getattr(model, "_orig_mod", model)  # below torch.compile
     sites = choose_sites(model, filter_fn)
     batches = as_calls(calibration)
     timed = batches[0] if inputs is None else as_calls([inputs])[0]
     resolved = Options.parse({} if target is None else {"target": target}).resolve_target()
+    price = functools.partial(_priced, model, sites, timed, resolved, autotune)
+    return under_budget(model, batches, price, wanted, budget, criterion=rule, quality=quality, progress=progress)
+
+
+def under_budget(
+    model: nn.Module,
+    batches: list[Call],
+    price: Callable[[], Priced],
+    patterns: list[Pattern],
+    budget: Budget,
+    *,
+    criterion: Criterion,
+    quality: Quality | None,
+    progress: bool | None,
+) -> Plan:
+    """Choose patterns for a model whose sites are priced by whoever knows how it will run; see `plan`."""
     console = Console(stderr=True)
     hide = not (console.is_terminal if progress is None else progress)
     with Progress(console=console, disable=hide) as bar, calibrating(model):
-        job = _Job(model, batches, rule, quality, bar)
-        options = job.options(_priced(model, sites, timed, resolved, autotune), wanted)
+        job = _Job(model, batches, criterion, quality, bar)
+        options = job.options(price(), patterns)
         if budget.kind == "max_quality_loss":
             return job.keep(options, budget)
         return select(options, budget)
 
 
-def _patterns(given: Iterable[str | Pattern]) -> list[Pattern]:
+def as_patterns(given: Iterable[str | Pattern]) -> list[Pattern]:
+    """Patterns to prune to.
+
+    Raises:
+        ValueError: one is wrong or does not say how much to prune, or there is none.
+    """
     if isinstance(given, (str, Pattern)):
         given = [given]
     found = []
@@ -148,7 +170,7 @@ def _patterns(given: Iterable[str | Pattern]) -> list[Pattern]:
 
 
 @dataclass(frozen=True)
-class _Priced:
+class Priced:
     """The sites that may be pruned, and what is known of latencies.
 
     Attributes:
@@ -164,7 +186,7 @@ class _Priced:
     scale: float
 
 
-def _priced(model: nn.Module, sites: Sequence[Site], timed: Call, target: Target, autotune: bool) -> _Priced:
+def _priced(model: nn.Module, sites: Sequence[Site], timed: Call, target: Target, autotune: bool) -> Priced:
     report = explain(model, *timed.args, options=Options(target=target), **timed.kwargs)
     tied = _tied(model)
     free = {site.name: site for site in sites if id(site.weight) not in tied}
@@ -185,7 +207,7 @@ def _priced(model: nn.Module, sites: Sequence[Site], timed: Call, target: Target
     log.info("plan: dense model %.0f us, of which its %d sites %.0f us", dense_us, len(entries), inside)
     rest = max(0.0, dense_us - inside)
     result = replace(report.plan, summary=Summary(dense_us, rest, dense_us, "", 0.0))
-    return _Priced(result, found, pricer, scale)
+    return Priced(result, found, pricer, scale)
 
 
 def _matrix(site: Site) -> Tensor:
@@ -212,7 +234,7 @@ class _Job:
         self._held = batches[::HELD_OUT] if enough else batches
         self._criterion, self._quality, self._bar = criterion, quality, bar
 
-    def options(self, priced: _Priced, patterns: list[Pattern]) -> Plan:
+    def options(self, priced: Priced, patterns: list[Pattern]) -> Plan:
         """The plan with what every site could be pruned to; nothing is chosen yet."""
         first = next(iter(priced.sites.values()))
         probes = _as_many(self._model, first, self._held)
