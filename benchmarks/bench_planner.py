@@ -9,6 +9,8 @@ replaces its own rows of `results/planner.json` and leaves the others.
 - budgets: 20 random quality budgets. The choice by predicted costs, against the choice that is best under the same
   budget when every option's kernel is measured: that one is the best of all combinations of the options, by the same
   exact solver. Once with the measured kernels summed up, once with both models compiled and timed in turn.
+- allocation: at one share of zeros of the whole model by Wanda, the shares of its layers by the knapsack over the same
+  estimates, with entries as the cost, against the same share everywhere. SmolLM2 only.
 - rank: Spearman's correlation of the estimated losses of all pairs of layer and pattern with the measured losses of the
   model with that layer alone pruned, on texts that the planner did not see.
 """
@@ -31,19 +33,27 @@ from torch import Tensor, nn
 
 import sparsecomp
 from sparsecomp import Pattern, Plan
+from sparsecomp.planner.knapsack import Item, solve
+from sparsecomp.planner.plan import SiteChoice
 from sparsecomp.planner.quality import mean_loss
 from sparsecomp.planner.select import groups_of
-from sparsecomp.planner.sensitivity import estimate
+from sparsecomp.planner.sensitivity import Estimate, Wanted, estimate
 from sparsecomp.planning import DEFAULT_PATTERNS
 from sparsecomp.pruning.calibration import as_calls, calibrating
 from sparsecomp.pruning.criterion import criterion_named
 from sparsecomp.pruning.sites import Site, choose_sites
+from sparsecomp.targets.base import DENSE
 
-PARTS = ("quality", "speed", "budgets", "rank")
+PARTS = ("quality", "speed", "budgets", "allocation", "rank")
 TOKENS = 128  # of the call whose latency counts
 BUDGETS = 20
 MOST_RANKED = 40  # layers whose losses are measured one by one, evenly spread over the model
+ALLOCATED = 0.6  # share of zeros
+ALLOCATIONS = tuple(f"unstructured@{share / 100:.2f}" for share in range(40, 82, 5))
+OWL = 132.0  # perplexity by the layer-wise ratios of Yin et al. 2023 (arXiv:2310.05175)
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the way from dense to the fastest options
+
+Estimates = dict[str, list[Estimate]]
 
 NOTES = [
     "Calls of one text of 128 tokens; pruned by SparseGPT. Losses and scores are those of `bench_pruning.py`.",
@@ -210,35 +220,66 @@ def compare_budgets(subject: Subject, rounds: int, results: Results) -> None:
         results.add(Row(case, max(ratios), "x at worst", 1.05, True, details))
 
 
-def compare_ranks(subject: Subject, results: Results) -> None:
-    """Estimated losses of single layers against measured ones."""
-    tests = as_calls(list(subject.unseen().split(1)))
+def estimates_of(subject: Subject, sites: list[Site], patterns: list[str], criterion: str, wanted: Wanted) -> Estimates:
+    """Estimated losses of all pairs, by name of the site, with one batch held out to measure losses on."""
     probes = as_calls(subject.calibration[:1])
-    sites = choose_sites(subject.model, subject.base.prunes)
-    sites = sites[:: -(-len(sites) // MOST_RANKED)]
-    patterns = [Pattern.parse(text) for text in subject.patterns]
-    measured: dict[tuple[str, str], float] = {}
     with calibrating(subject.model):
-        want = [call.run(subject.model) for call in tests]
         probed = [call.run(subject.model) for call in probes]
-
-        def wanted(site: Site, prune: str, weight: Tensor) -> bool:
-            before = site.weight.clone()
-            site.weight.copy_(weight)
-            measured[site.name, prune] = mean_loss(subject.model, tests, want, None)
-            site.weight.copy_(before)
-            return True
-
-        found = estimate(
+        return estimate(
             subject.model,
             as_calls(subject.calibration[1:]),
             sites,
-            patterns,
-            criterion_named(subject.criterion),
+            [Pattern.parse(text) for text in patterns],
+            criterion_named(criterion),
             loss=lambda: mean_loss(subject.model, probes, probed, None),
             wanted=wanted,
             done=lambda: None,
         )
+
+
+def compare_allocation(subject: Subject, results: Results) -> None:
+    """Shares of zeros by layer, at the same share of the whole."""
+    sites = choose_sites(subject.model, subject.base.prunes)
+    found = estimates_of(subject, sites, list(ALLOCATIONS), "wanda", lambda *_: True)
+    entries = [site.weight.numel() for site in sites]
+    classes = [
+        [Item(item.loss, size * (1 - float(Pattern.parse(item.prune).sparsity or 0))) for item in found[site.name]]
+        for site, size in zip(sites, entries, strict=True)
+    ]
+    picked = solve(classes, sum(entries) * (1 - ALLOCATED))
+    assert picked is not None, "the lowest share of the options is below the one wanted"
+    plan = Plan(
+        target="",
+        sites=[
+            SiteChoice(site.name, tuple(site.weight.shape), 0, 1.0, DENSE, "", prune=found[site.name][at].prune)
+            for site, at in zip(sites, picked, strict=True)
+        ],
+    )
+    uniform = subject.base.score(subject.pruned(f"unstructured@{ALLOCATED}", "wanda"))
+    pruned = subject.pruned(plan, "wanda")
+    zeros = sum(int((site.weight == 0).sum()) for site in choose_sites(pruned, subject.base.prunes)) / sum(entries)
+    case = f"{subject.name}, {ALLOCATED:.0%} zeros by Wanda, shares of layers by the planner's estimates"
+    details = {"uniform": round(uniform, 1), "share of zeros": round(zeros, 4)}
+    results.add(Row(case, round(subject.base.score(pruned), 2), subject.base.unit, OWL, True, details))
+
+
+def compare_ranks(subject: Subject, results: Results) -> None:
+    """Estimated losses of single layers against measured ones."""
+    tests = as_calls(list(subject.unseen().split(1)))
+    sites = choose_sites(subject.model, subject.base.prunes)
+    sites = sites[:: -(-len(sites) // MOST_RANKED)]
+    measured: dict[tuple[str, str], float] = {}
+    with calibrating(subject.model):
+        want = [call.run(subject.model) for call in tests]
+
+    def wanted(site: Site, prune: str, weight: Tensor) -> bool:
+        before = site.weight.clone()
+        site.weight.copy_(weight)
+        measured[site.name, prune] = mean_loss(subject.model, tests, want, None)
+        site.weight.copy_(before)
+        return True
+
+    found = estimates_of(subject, sites, subject.patterns, subject.criterion, wanted)
     pairs = [(item, measured[name, item.prune]) for name, items in found.items() for item in items]
     losses = [loss for _, loss in pairs]
     rank = float(spearmanr([item.loss for item, _ in pairs], losses).statistic)
@@ -284,6 +325,8 @@ def main() -> None:
     results = Results("planner", notes=NOTES)
     for name in options.model.split(","):
         subject = Subject(name, options.pattern.split(","), options.criterion)
+        if "allocation" in parts and name == "smollm2":
+            compare_allocation(subject, results)
         if "rank" in parts:
             compare_ranks(subject, results)
         if "quality" in parts:

@@ -16,11 +16,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from sparsecomp.log import log
 from sparsecomp.pruning.sites import prunable_modules
 
 Slot = int | str
+
+
+class _LinearsByOneDnn(TorchFunctionMode):
+    """Linears in float32 that need no gradient go to oneDNN, as Inductor's do, and not to MKL.
+
+    Calibration is little else. On processors of AMD, MKL does not use AVX-512: 110 GFLOP/s against 250 on a Zen 5.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is functional.linear and not kwargs and not torch.is_grad_enabled() and _in_float32(*args):
+            x, weight, bias = (*args, None)[:3]
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def _in_float32(*tensors: Tensor | None) -> bool:
+    """Whether these are plain, non-empty matrices of float32 in the CPU's memory, to be multiplied as that."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32 and t.numel()
+            for t in tensors
+            if t is not None
+        )
+        and all(t.dim() >= 2 and t.is_contiguous() for t in tensors[:2] if t is not None)
+    )
 
 
 @dataclass(frozen=True)
@@ -37,7 +66,8 @@ class Call:
 
     def run(self, module: nn.Module) -> Any:
         """Call the module with the arguments."""
-        return module(*self.args, **self.kwargs)
+        with _LinearsByOneDnn():
+            return module(*self.args, **self.kwargs)
 
     def replace(self, slot: Slot, value: Any) -> Call:
         """The call with another value as the positional argument of that number or the keyword of that name."""

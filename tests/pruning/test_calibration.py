@@ -224,3 +224,19 @@ def test_a_call_replaces_an_argument() -> None:
     assert call.replace(0, 9) == Call((9, 2), {"a": 3})
     assert call.replace("a", 9) == Call((1, 2), {"a": 9})
     assert list(call.slots()) == [(0, 1), (1, 2), ("a", 3)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_call_gives_what_the_module_gives(bias: bool) -> None:
+    # Without gradients float32 linears take another library; strides, single rows and other types must not matter.
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 16, bias=bias)
+    inputs = [torch.randn(3, 5, 24), torch.randn(24), torch.randn(0, 24), torch.randn(5, 48)[:, ::2]]
+    with torch.no_grad():
+        for x in inputs:
+            torch.testing.assert_close(Call((x,), {}).run(linear), linear(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert Call((inputs[0],), {}).run(linear).dtype == torch.bfloat16
+        assert Call((inputs[0].double(),), {}).run(copy.deepcopy(linear).double()).dtype == torch.float64
+    out = Call((inputs[0],), {}).run(linear)
+    assert out.requires_grad
