@@ -5,13 +5,17 @@ from __future__ import annotations
 from sparsecomp.passes.base import Observer, Pass, PassResult, run_passes
 from sparsecomp.passes.detect_composite import DetectComposite
 from sparsecomp.passes.detect_conv import DetectConv
+from sparsecomp.passes.detect_ffn import DetectFfn
 from sparsecomp.passes.detect_linear import DetectLinear
+from sparsecomp.passes.detect_moe import DetectMoe
 from sparsecomp.passes.fuse_epilogue import FuseEpilogue
 
 __all__ = [
     "DetectComposite",
     "DetectConv",
+    "DetectFfn",
     "DetectLinear",
+    "DetectMoe",
     "FuseEpilogue",
     "Observer",
     "Pass",
@@ -23,4 +27,4 @@ __all__ = [
 
 def default_passes() -> list[Pass]:
     """The passes of the backend, in order."""
-    return [DetectLinear(), DetectConv(), DetectComposite(), FuseEpilogue()]
+    return [DetectLinear(), DetectConv(), DetectComposite(), FuseEpilogue(), DetectFfn(), DetectMoe()]

@@ -5,6 +5,8 @@ A linear takes a bias, an activation and a residual; a convolution a batch norma
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from sparsecomp.ir import ACTIVATIONS, ConvSite, IRError, LinearSite, Norm, Operation, Site, SparseGraph
 from sparsecomp.passes.base import Pass, PassResult
 
@@ -87,14 +89,25 @@ def _why_stop(graph: SparseGraph, site: Site, value: str, user: Operation, taken
 
 
 def _hazard(graph: SparseGraph, site: Site, last: Operation) -> str | None:
-    """Whether something between the product and `last` changes what the site reads."""
     operands = [name for name in (site.x, site.bias, site.residual) if name is not None]
     if isinstance(site, ConvSite) and site.norm is not None:
         operands += site.norm.values
+    return hazard(graph, operands, (*site.operations, last.name))
+
+
+def hazard(graph: SparseGraph, operands: Iterable[str], operations: Sequence[str]) -> str | None:
+    """What changes an operand between the first and the last of operations that shall run at the place of the last.
+
+    Args:
+        graph: the graph.
+        operands: values that they read.
+        operations: in graph order; what they change themselves does not count.
+    """
     read = {root for name in operands for root in graph.roots(name)}
     outside = any(graph.operation(root).kind in ("input", "constant") for root in read)
-    for writer in graph.writers(after=site.operations[0], before=last.name):
-        if writer.name in site.operations:
+    last = graph.operation(operations[-1])
+    for writer in graph.writers(after=operations[0], before=last.name):
+        if writer.name in operations:
             continue
         changed = {root for name in writer.mutates for root in graph.roots(name)}
         # two values from outside may share memory without the graph showing it

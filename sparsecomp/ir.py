@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
 
 from sparsecomp.window import Maps, Window
+
+if TYPE_CHECKING:
+    from sparsecomp.blocks import FfnSite, MoeBlock
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish")
 """What a site can apply to its product, as the op and the kernels spell it."""
@@ -240,6 +243,8 @@ class SparseGraph:
 
     Attributes:
         sites: Every candidate in graph order, the declined ones included.
+        ffns: The feed-forward blocks among them, in graph order.
+        moes: The mixtures of experts.
     """
 
     def __init__(self) -> None:
@@ -247,6 +252,8 @@ class SparseGraph:
         self._positions: dict[str, int] = {}
         self._writers: list[Operation] = []
         self.sites: list[Site] = []
+        self.ffns: list[FfnSite] = []
+        self.moes: list[MoeBlock] = []
 
     def add(self, operation: Operation) -> Operation:
         """Append an operation.
@@ -317,7 +324,8 @@ class SparseGraph:
 
     def __str__(self) -> str:
         lines = [str(operation) for operation in self]
-        return "\n".join(lines + [f"site {site}" for site in self.sites])
+        lines += [f"site {site}" for site in self.sites]
+        return "\n".join(lines + [f"ffn {ffn}" for ffn in self.ffns] + [f"moe {moe}" for moe in self.moes])
 
     def verify(self) -> None:
         """Check the rules that every pass may rely on.
@@ -342,6 +350,8 @@ class SparseGraph:
                 for name in site.operations:
                     if owners.setdefault(name, site.name) != site.name:
                         raise IRError(f"{name} is absorbed by two sites, {owners[name]} and {site.name}")
+        for ffn in self.ffns:
+            ffn.verify(self)
 
     def _verify_site(self, site: Site) -> None:
         def require(holds: bool, rule: str) -> None:

@@ -8,13 +8,14 @@ time the third.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Detection, detect, kept_columns
+from sparsecomp.targets.skip import SkipKernel, SkipRows, SkipSpec
 from sparsecomp.window import Maps, Window
 
 PANEL_SIZES = (1, 2, 4, 8, 16, 32)
@@ -241,6 +242,22 @@ class Target(ABC):
             ValueError: the target has no such kernel, or the weight does not satisfy the pattern of the candidate.
         """
         raise ValueError(f"target {self.name} has no convolution kernel {candidate.kernel!r}")
+
+    def skip_rows(self, matrix: Tensor) -> SkipRows | None:
+        """A weight for operations that skip; None if the target has no such kernels.
+
+        Args:
+            matrix: `[units, width]`, a row for each unit; what is contiguous float32 may be used as it is.
+        """
+        return None
+
+    def prepare_skip(self, spec: SkipSpec, rows: Sequence[SkipRows]) -> SkipKernel:
+        """Make an operation that skips, from what `skip_rows` gave.
+
+        Raises:
+            ValueError: the target has no such kernels.
+        """
+        raise ValueError(f"target {self.name} has no kernels that skip at run time")
 
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the packed weight as `prepare` gives them, from the facts alone; of dense, those of the weight."""

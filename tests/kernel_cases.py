@@ -51,6 +51,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "relu6": functional.relu6,
     "hardswish": functional.hardswish,
+    "relu2": lambda value: functional.relu(value).square(),
 }
 
 

@@ -335,6 +335,40 @@ def _clamped(low: str, high: str) -> Callable[[fx.Node], Call | None]:
     return read
 
 
+def _power(node: fx.Node) -> Call:
+    exponent = argument(node, 1, "exponent")
+    if not isinstance(exponent, (int, float)):
+        raise TypeError(f"the exponent of {node.name} is not a number")
+    return Call("power", (_node(argument(node, 0, "input")),), {"exponent": float(exponent)})
+
+
+def _threshold(node: fx.Node) -> Call | None:
+    bound, value = argument(node, 1, "threshold"), argument(node, 2, "value")
+    if not isinstance(bound, (int, float)) or bound < 0 or value != 0:
+        return None
+    return Call("threshold", (_node(argument(node, 0, "input")),), {"threshold": float(bound)})
+
+
+def _getitem(node: fx.Node) -> Call | None:
+    """One of the pieces that a value was split into along its last dimension."""
+    pieces, place = _node(argument(node, 0, "input")), argument(node, 1, "index")
+    if function_name(pieces) not in ("chunk", "split", "tensor_split") or not isinstance(place, int):
+        return None
+    source, sizes = _node(argument(pieces, 0, "input")), pieces.meta.get("example_value")
+    if argument(pieces, 2, "dim", 0) not in (-1, _rank(source) - 1) or not isinstance(sizes, (tuple, list)):
+        return None
+    widths = [piece.shape[-1] for piece in sizes]
+    if not all(isinstance(width, int) for width in widths):
+        return None
+    start = sum(widths[: place % len(widths)])
+    return Call("part", (source,), {"start": start, "length": widths[place]}, aliases=True)
+
+
+def _topk(node: fx.Node) -> Call:
+    count = argument(node, 1, "k", 1) if function_name(node) == "topk" else 1
+    return Call("topk", (_node(argument(node, 0, "input")),), {"count": count if isinstance(count, int) else 0})
+
+
 def _composite(node: fx.Node, places: dict[str, int]) -> Call:
     given = [argument(node, place, name, None) for name, place in places.items()]
     weights = tuple(value.name for value in given if isinstance(value, fx.Node))
@@ -364,6 +398,11 @@ _READERS: dict[str, Callable[[fx.Node], Call | None]] = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     "permute": _permute,
     "getattr": _getattr,
+    "getitem": _getitem,
+    **dict.fromkeys(("pow", "__pow__"), _power),
+    "square": lambda node: Call("power", _operands(node, "input"), {"exponent": 2.0}),
+    "threshold": _threshold,
+    **dict.fromkeys(("topk", "argmax"), _topk),
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view"), _reshape),
     "layer_norm": _plain("layer_norm", "input"),
     "softmax": _plain("softmax", "input"),

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from sparsecomp.kernels import tir
 from sparsecomp.kernels.tir import Expr
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu6", "hardswish", "relu2")
 
 # The normal distribution function as 1/2 + z P(t), with z = x clipped to [-5, 5] and t = 2 z^2 / 25 - 1. P is the
 # minimax polynomial of degree 12, by iteratively reweighted least squares on Chebyshev nodes; in t, not in z^2, so that
@@ -86,6 +86,9 @@ def activate(activation: str, v: Expr, lanes: int) -> Expr:
     if activation == "relu":
         # Written so that NaN stays NaN, as torch.relu keeps it.
         return tir.select(v < c(0.0), c(0.0), v)
+    if activation == "relu2":
+        # So et al., arXiv:2109.08668, section 4.
+        return tir.select(v < c(0.0), c(0.0), v * v)
     if activation == "relu6":
         # As above: a comparison with NaN is false, so that it passes.
         return tir.select(v < c(0.0), c(0.0), tir.select(v > c(6.0), c(6.0), v))
@@ -131,6 +134,8 @@ def activate_reference(activation: str, v: npt.NDArray[np.float64]) -> npt.NDArr
         return v
     if activation == "relu":
         return np.maximum(v, 0.0)
+    if activation == "relu2":
+        return np.square(np.maximum(v, 0.0))
     if activation == "relu6":
         return np.clip(v, 0.0, 6.0)
     if activation == "hardswish":

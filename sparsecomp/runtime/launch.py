@@ -52,7 +52,12 @@ def _versions() -> str:
 
 
 @functools.cache
-def _launcher() -> Any:
+def native_library() -> ctypes.CDLL:
+    """The compiled `native.c`.
+
+    Raises:
+        BuildError: it could not be built here.
+    """
     source = _NATIVE.read_text()
 
     def write(folder: Path) -> Path:
@@ -61,8 +66,12 @@ def _launcher() -> Any:
         return path
 
     flags = ("-fopenmp",)
-    library = load_or_build(key_of("native", source, *flags), write, flags)
-    function = library.sparsecomp_launch
+    return load_or_build(key_of("native", source, *flags), write, flags)
+
+
+@functools.cache
+def _launcher() -> Any:
+    function = native_library().sparsecomp_launch
     pointer = ctypes.c_void_p
     function.argtypes = [pointer] * 7 + [ctypes.c_int32, ctypes.c_int32, ctypes.c_int64]
     function.restype = ctypes.c_int32

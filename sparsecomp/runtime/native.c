@@ -52,3 +52,73 @@ int32_t sparsecomp_launch(sparsecomp_kernel kernel, const float *x, const float 
   }
   return failed;
 }
+
+/* One kernel call of a sequence. An operand is a fixed address, or lies at an offset from a base that the call gives:
+ * base 0 is the workspace, base i the i-th address of the call. */
+#define SPARSECOMP_OPERANDS 8
+typedef struct {
+  sparsecomp_kernel kernel;
+  const void *fixed[SPARSECOMP_OPERANDS]; /* x, bias, residual, y, w0..w3; null where a base is used */
+  int64_t offset[SPARSECOMP_OPERANDS];    /* in bytes */
+  int32_t base[SPARSECOMP_OPERANDS];      /* -1 for a fixed address */
+  const int32_t *dims;
+  int32_t items;
+  int32_t waits; /* whether it reads what steps before it wrote */
+} sparsecomp_step;
+
+/* What the steps of one call hand to each other; of the thread that calls. */
+static __thread char *workspace;
+static __thread size_t workspace_bytes;
+
+static char *reserve_workspace(size_t bytes) {
+  if (bytes > workspace_bytes) {
+    free(workspace);
+    bytes = (bytes + 63) / 64 * 64;
+    workspace = aligned_alloc(64, bytes);
+    workspace_bytes = workspace ? bytes : 0;
+  }
+  return workspace;
+}
+
+static void run_step(const sparsecomp_step *step, const void *const *bases, float *own, int64_t me, int64_t team) {
+  const void *at[SPARSECOMP_OPERANDS];
+  for (int i = 0; i < SPARSECOMP_OPERANDS; i++) {
+    const char *base = step->base[i] < 0 ? 0 : bases[step->base[i]];
+    at[i] = step->base[i] < 0 ? step->fixed[i] : base ? base + step->offset[i] : 0;
+  }
+  int32_t begin = (int32_t)(step->items * me / team), end = (int32_t)(step->items * (me + 1) / team);
+  if (begin < end)
+    step->kernel(at[0], at[1], at[2], (float *)at[3], own, at[4], at[5], at[6], at[7], step->dims, begin, end);
+}
+
+/* Runs steps one after the other on the same team of threads, with a barrier before each that waits.
+ * Returns 0, or 1 when memory is missing (then nothing useful is in the output). */
+int32_t sparsecomp_run(const sparsecomp_step *steps, int32_t count, int32_t threads, int64_t work_bytes,
+                       int64_t scratch_bytes, const void *x, const void *y, const void *bias0, const void *bias1,
+                       const void *bias2, const void *residual) {
+  const void *bases[] = {reserve_workspace((size_t)work_bytes), x, y, bias0, bias1, bias2, residual};
+  int32_t failed = 0;
+  if (!bases[0]) return 1;
+  if (threads <= 1) {
+    float *own = reserve((size_t)scratch_bytes);
+    if (!own) return 1;
+    for (int32_t i = 0; i < count; i++) run_step(&steps[i], bases, own, 0, 1);
+    return 0;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    float *own = reserve((size_t)scratch_bytes);
+    if (!own)
+#pragma omp atomic write
+      failed = 1;
+#pragma omp barrier
+    for (int32_t i = 0; i < count && !failed; i++) {
+      if (steps[i].waits) {
+#pragma omp barrier
+      }
+      run_step(&steps[i], bases, own, me, team);
+    }
+  }
+  return failed;
+}

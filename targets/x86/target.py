@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Pattern
 from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, ConvKernel, Kernel, Problem, Target, WeightFacts
+from sparsecomp.targets.skip import SkipRows, SkipSpec
 from sparsecomp.targets.x86 import calibration, conv_cost, conv_schedules, cost, schedules
 from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, facts, flags, level, supported
 from sparsecomp.targets.x86.kernels import GatherKernel, MaskKernel, PanelKernel, RowsKernel
+from sparsecomp.targets.x86.skip_kernels import X86Rows, X86SkipKernel
 from sparsecomp.window import Window
 
 PANELS = (8, 16, 32)
 # Beyond these the kernels for one token would read their weight again and again: the row kernel is always better.
 FEW_TOKENS = 8
 _MAX_GATHER_INPUTS = 65536
+# Rows that skip are packed below this density: above, spreading them takes longer than reading the zeros.
+_MASKED_DENSITY = 0.7
 
 
 @functools.cache
@@ -119,8 +123,17 @@ class X86Target(Target):
             raise ValueError(f"the weight {tuple(weight.shape)} does not satisfy the pattern of {candidate}")
         return X86ConvKernel(self._level, weight, window, dict(candidate.params)["vectors"])
 
+    def skip_rows(self, matrix: Tensor) -> X86Rows:
+        """See `Target.skip_rows`; packed with a bit mask where that makes it enough smaller."""
+        few = int(matrix.count_nonzero()) <= _MASKED_DENSITY * matrix.numel()
+        return X86Rows(matrix, masked=few and self._level.spread == "expand")
+
+    def prepare_skip(self, spec: SkipSpec, rows: Sequence[SkipRows]) -> X86SkipKernel:
+        """See `Target.prepare_skip`."""
+        return X86SkipKernel(self._level, spec, [own for own in rows if isinstance(own, X86Rows)])
+
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
-        """See `Target.packed_bytes`; an upper bound for the row kernel, whose matched rows share columns."""
+        """See `Target.packed_bytes`; close to it for quads, which share columns and are filled up with a few zeros."""
         outputs, inputs, nonzeros = facts.out_features, facts.in_features, facts.nonzeros
         if candidate.kernel == "rows":
             packing = schedules.row_packing(self._level, (outputs, inputs), self._machine.caches.l1)
