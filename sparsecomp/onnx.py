@@ -23,14 +23,18 @@ from sparsecomp.frontends.onnx import Overlay, build
 from sparsecomp.frontends.onnx_apply import Replacement, apply
 from sparsecomp.frontends.onnx_fallback import OLDEST_OPSET, Variant
 from sparsecomp.frontends.onnx_load import load
+from sparsecomp.frontends.onnx_module import OnnxModule
 from sparsecomp.frontends.onnx_norm import fold_norm, folds
 from sparsecomp.frontends.onnx_shapes import infer
 from sparsecomp.frontends.onnx_shrink import Shrunk
 from sparsecomp.frontends.onnx_shrink import shrink as shrink_overlays
 from sparsecomp.ir import ConvSite, LinearSite, Site
+from sparsecomp.onnx_planning import Calibration, Wish, choose_patterns, prune, read_calibration, with_budget
 from sparsecomp.options import Options
 from sparsecomp.passes import DetectConv, DetectLinear, FuseEpilogue, run_passes
 from sparsecomp.planner import Plan, SiteChoice, decline
+from sparsecomp.planner.budget import Budget
+from sparsecomp.pruning.criterion import criterion_named
 from sparsecomp.report import Report
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.ort_library import OrtForm, OrtOperation
@@ -90,21 +94,40 @@ def optimize(
     *,
     options: Options | Mapping[str, Any] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    max_quality_loss: float | None = None,
+    max_latency: float | str | None = None,
+    speedup: float | None = None,
+    calibration: Calibration | None = None,
+    criterion: str | None = None,
+    progress: bool | None = None,
 ) -> Report:
     """Write a model whose sparse sites run in kernels of their own, and the library with these beside it.
+
+    A model without zeros is pruned first where a budget is given, or a plan that says what to prune to: each layer to
+    the pattern that a knapsack chooses for the budget (see `sparsecomp.plan`).
 
     Args:
         model: path of a model, or one in memory; it is not changed.
         output: path of the model to write, such as `model.sparse.onnx`; the library is `model.sparse.so`. There is none
             where every site stays dense.
         options: as in `inspect`.
-        shapes: as in `inspect`; the written model runs with others too.
+        shapes: as in `inspect`; the written model runs with others too. With calibration those of one sample.
+        max_quality_loss: loss that the pruned model may have at most: the Kullback-Leibler divergence in nats per
+            position where an output is called `logits`, else 1 - mean cosine of the vectors of the first output.
+        max_latency: of one call, such as `"8 ms"`, or a number of seconds.
+        speedup: over the dense model in ONNX Runtime, at least.
+        calibration: samples of the inputs, as arrays by name or the path of an .npz file, along a first axis.
+        criterion: `"magnitude"`, `"wanda"`, `"ria"` or `"sparsegpt"`, by which is pruned; the last with calibration,
+            else the first.
+        progress: whether to show a progress bar while a plan is made; None: on a terminal.
 
     Returns:
-        What was chosen for every site.
+        What was chosen for every site; its plan has the budget, and what the pruning loses.
 
     Raises:
-        ValueError: the model is not valid, or an option is bad; nothing is written.
+        ValueError: the model is not valid, an option or the calibration is bad, or a budget cannot be reached; nothing
+            is written.
+        FileNotFoundError: there is no such file.
         BuildError: the library could not be built here; nothing is written.
     """
     from sparsecomp.targets.x86 import ort
@@ -112,8 +135,18 @@ def optimize(
     parsed, target = _options(options)
     level = target.level
     loaded = load(model)
+    budget = _budget(max_quality_loss, max_latency, speedup)
+    wish = _wish(loaded, budget, calibration, criterion)
+    if wish.calibration and shapes is None:
+        shapes = {name: tuple(value.shape) for name, value in wish.calibration[0].items()}
     planned = _plan(loaded, parsed, target, shapes)
+    chosen_under = None
+    if budget is not None or (parsed.plan is not None and any(choice.prune for choice in parsed.plan)):
+        chosen_under = _prune(loaded, planned, parsed, target, wish, progress)
+        planned = _plan(loaded, parsed, target, shapes)
     report = _report(loaded, planned, target)
+    if chosen_under is not None:
+        report.plan = with_budget(report.plan, chosen_under)
     chosen = [item for item in planned if not item.choice.chosen.is_dense]
     variants = apply(loaded, [_replacement(item, level) for item in chosen])
     loaded.metadata_props[PLAN_KEY] = report.plan.to_json()
@@ -128,6 +161,45 @@ def optimize(
         build_library(operations, ort.ort_target(level), library_of(path))
     _save(loaded, path)
     return report
+
+
+def _budget(max_quality_loss: float | None, max_latency: float | str | None, speedup: float | None) -> Budget | None:
+    if max_quality_loss is max_latency is speedup is None:
+        return None
+    return Budget.of(max_quality_loss, max_latency, speedup)
+
+
+def _wish(model: ir.Model, budget: Budget | None, calibration: Calibration | None, criterion: str | None) -> Wish:
+    if calibration is None:
+        if budget is not None:
+            raise ValueError(f"a {budget} needs calibration: samples of the inputs, as arrays or an .npz file of them")
+        return Wish(budget, criterion_named(criterion or "magnitude").name, [])
+    inputs = {
+        value.name or "": [size if isinstance(size, int) else None for size in value.shape or ()]
+        for value in model.graph.inputs
+        if value.name not in model.graph.initializers
+    }
+    return Wish(budget, criterion_named(criterion or "sparsegpt").name, read_calibration(calibration, inputs))
+
+
+def _prune(
+    model: ir.Model,
+    planned: list[_Planned],
+    options: Options,
+    target: LibraryTarget,
+    wish: Wish,
+    progress: bool | None,
+) -> Plan:
+    """Prune a model, in place, to the plan that is given or chosen."""
+    module = OnnxModule(model, [(item.overlay, item.site) for item in planned])
+    if wish.budget is not None:
+        plan = choose_patterns(module, [item.choice for item in planned], target, wish, progress)
+    else:
+        assert options.plan is not None
+        plan = options.plan
+    prune(module, plan, wish, progress)
+    module.write_to(model)
+    return plan
 
 
 def shrink(

@@ -61,25 +61,51 @@ def optimize(
     plan: PlanFile = None,
     shape: Shapes = None,
     exclude: Exclude = None,
+    max_quality_loss: Annotated[float | None, typer.Option(help="Prune: loss that the model may have.")] = None,
+    max_latency: Annotated[str | None, typer.Option(help="Prune: of one call, such as '8 ms'.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Prune: over the dense model, at least.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="An .npz file with the model's inputs by name, samples along the first axis.")
+    ] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="magnitude, wanda, ria or sparsegpt; sparsegpt with --calibration, else magnitude."),
+    ] = None,
     portable: Annotated[
         bool, typer.Option("--portable", help="Only standard operations: remove dead units and channels, no library.")
     ] = False,
     threads: Threads = None,
 ) -> None:
-    """Write a model whose sparse layers run in kernels of their own, and the library for ONNX Runtime with these."""
+    """Write a model whose sparse layers run in kernels of their own, and the library for ONNX Runtime with these.
+
+    With a budget the model is pruned first; give one of the three, and calibration.
+    """
     with errors_for_people():
         set_threads(threads)
         sizes = _sizes(shape)
         if portable:
-            if target is not None or plan is not None or exclude:
-                raise ValueError("--portable chooses no kernels: it takes no --target, --plan or --exclude")
+            budgets = (max_quality_loss, max_latency, speedup, calibration, criterion)
+            if target is not None or plan is not None or exclude or any(given is not None for given in budgets):
+                raise ValueError("--portable chooses no kernels and prunes nothing: it takes --shape alone")
             for layer in _api().shrink(model, output, shapes=sizes):
                 print(f"{layer.name}: {layer.removed} of {layer.units} units removed")
             print(f"written to {output}, in standard operations")
             return
         options = {"target": target, "plan": plan, "exclude": exclude}
-        report = _api().optimize(model, output, options=options, shapes=sizes)
+        report = _api().optimize(
+            model,
+            output,
+            options=options,
+            shapes=sizes or None,
+            max_quality_loss=max_quality_loss,
+            max_latency=max_latency,
+            speedup=speedup,
+            calibration=calibration,
+            criterion=criterion,
+        )
         library = _api().library_of(output)
+    if report.plan.budget is not None:
+        print(report.plan)
     print(report)
     if report.rewritten:
         print(f"written to {output} and {library}; use: options.register_custom_ops_library({str(library)!r})")

@@ -19,6 +19,7 @@ import torch
 
 from sparsecomp.frontends.onnx_constants import DTYPES, Constants, as_torch
 from sparsecomp.frontends.onnx_groups import Group, constant_number, find_groups
+from sparsecomp.frontends.onnx_padding import zeros_around, zeros_of
 from sparsecomp.frontends.onnx_shapes import Shapes, ValueShape, all_graphs, subgraphs
 from sparsecomp.ir import ACTIVATIONS, Operation, SparseGraph
 
@@ -210,7 +211,21 @@ class _Builder:
         left, right = node.inputs[:2]
         if left is None or right is None:
             return None
+        if self._constants.is_constant(left) and not self._constants.is_constant(right):
+            found = self._on_the_left(left, right)
+            if found is not None:
+                return found
         return _Call("matmul", (self._operand(left), self._operand(right)))
+
+    def _on_the_left(self, weight: ir.Value, x: ir.Value) -> _Call | None:
+        """`W @ x` with x of `[N, I, L]`: a convolution over L with windows of one, whose channels come first."""
+        shape, dtype = self._constants.shape_and_type(weight)
+        array = self._constants.array(weight) if len(shape) == 2 and dtype == torch.float32 else None
+        if array is None or len(self.operation(x).shape) != 3:
+            return None
+        derived = self._derive(f"{weight.name}~kernel", array[:, :, None], _path(self._constants.name(weight)))
+        attrs = {"function": "conv1d", "stride": (1,), "padding": (0,), "dilation": (1,), "groups": 1}
+        return _Call("conv", (self._operand(x), derived), attrs, hides=(self._operand(weight),))
 
     def read_gemm(self, node: ir.Node) -> _Call | None:
         """`alpha * A' @ B' + beta * C` as a product of constants that alpha and beta are folded into."""
@@ -282,7 +297,7 @@ class _Builder:
             source = product.producer()
             if source is not None and source.op_type in ("MatMul", "Gemm"):
                 operation = self.operation(product)
-                if operation.shape and isinstance((operation.sizes or ())[-1], int):
+                if operation.kind != "conv" and operation.shape and isinstance((operation.sizes or ())[-1], int):
                     bias = self._bias(other, operation.shape[-1], len(operation.shape))
                     if bias is not None:
                         return _Call("add", (self._operand(product), bias), hides=(self._operand(other),))
@@ -292,20 +307,60 @@ class _Builder:
         x, weight = node.inputs[:2]
         if x is None or weight is None:
             return None
-        dims = len(self.operation(weight).shape) - 2
-        auto = node.attributes.get_string("auto_pad", "NOTSET")
-        padding = _even_padding(node.attributes.get_ints("pads", [0] * (2 * max(dims, 0))))
-        if dims not in (1, 2) or padding is None or auto not in ("NOTSET", "VALID"):
+        kernel = self.operation(weight).shape[2:]
+        dims = len(kernel)
+        stride, dilation = (
+            tuple(int(size) for size in node.attributes.get_ints(name, [1] * dims) or ())
+            for name in ("strides", "dilations")
+        )
+        padding = zeros_around(node, (self.operation(x).sizes or ())[2:], (kernel, stride, dilation))
+        if dims not in (1, 2) or padding is None:
             return None
         inputs = [self._operand(value) for value in node.inputs if value is not None]
+        hides: tuple[str, ...] = ()
+        before, after = padding[:dims], padding[dims:]
+        if before != after:
+            hides = (inputs[0],)
+            inputs[0] = self._padded(inputs[0], tuple(b - a for a, b in zip(before, after, strict=True)))
         attrs = {
             "function": f"conv{dims}d",
-            "stride": tuple(node.attributes.get_ints("strides", [1] * dims) or ()),
-            "padding": (0,) * dims if auto == "VALID" else padding,
-            "dilation": tuple(node.attributes.get_ints("dilations", [1] * dims) or ()),
+            "stride": stride,
+            "padding": before,
+            "dilation": dilation,
             "groups": node.attributes.get_int("group", 1),
         }
-        return _Call("conv", tuple(inputs), attrs)
+        return _Call("conv", tuple(inputs), attrs, hides)
+
+    def _padded(self, name: str, behind: tuple[int, ...]) -> str:
+        """Maps with more zeros behind: what the detection of convolutions takes into their window."""
+        source = self._overlay.graph.operation(name)
+        grown = (0, 0, *behind)
+        return self._add(
+            self._unique(f"{name}~pad"),
+            "pad",
+            inputs=(name,),
+            attrs={"amounts": tuple(size for extra in reversed(behind) for size in (0, extra))},
+            shape=tuple(size + more for size, more in zip(source.shape, grown, strict=True)),
+            sizes=tuple(
+                size + more if isinstance(size, int) else f"{size}+{more}" if more else size
+                for size, more in zip(source.sizes or (), grown, strict=True)
+            ),
+            dtype=source.dtype,
+            origin=Derived(),
+        )
+
+    def read_pad(self, node: ir.Node) -> _Call | None:
+        """Zeros around maps, of a constant number."""
+        x = node.inputs[0]
+        if x is None:
+            return None
+        pads = zeros_of(node, self._opset, self._constants)
+        rank = len(self.operation(x).shape)
+        if pads is None or len(pads) != 2 * rank:
+            return None
+        others = (operand for operand in node.inputs[1:] if operand is not None)
+        amounts = tuple(int(size) for axis in reversed(range(rank)) for size in (pads[axis], pads[rank + axis]))
+        return _Call("pad", (self._operand(x),), {"amounts": amounts}, tuple(self._operand(other) for other in others))
 
     def read_batch_norm(self, node: ir.Node) -> _Call | None:
         if len(node.outputs) != 1 or (node.attributes.get_int("training_mode") or 0) != 0 or len(node.inputs) < 5:
@@ -373,13 +428,6 @@ def _plain(kind: str) -> Callable[[_Builder, ir.Node], _Call | None]:
     return read
 
 
-def _even_padding(pads: Any) -> tuple[int, ...] | None:
-    """Padding for each dimension, None where both sides differ."""
-    numbers = tuple(int(size) for size in pads or ())
-    half = len(numbers) // 2
-    return numbers[:half] if numbers[:half] == numbers[half:] else None
-
-
 def _outer_values(graph: ir.Graph) -> list[ir.Value]:
     """What a graph, or one inside of it, reads from around it."""
     inside: set[ir.Value] = set()
@@ -409,6 +457,7 @@ _READERS: dict[tuple[str, str], Callable[[_Builder, ir.Node], _Call | None]] = {
     ("", "MatMul"): _Builder.read_matmul,
     ("", "Gemm"): _Builder.read_gemm,
     ("", "Conv"): _Builder.read_conv,
+    ("", "Pad"): _Builder.read_pad,
     ("", "BatchNormalization"): _Builder.read_batch_norm,
     ("", "Add"): _Builder.read_add,
     ("", "Sum"): _Builder.read_add,

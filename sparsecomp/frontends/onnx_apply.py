@@ -171,7 +171,7 @@ class _Rewriter:
         """Put nodes, the last of which gives the value, in the place of a site."""
         old_value = overlay.origin(site.anchor)
         assert isinstance(old_value, ir.Value)
-        old_nodes = list(dict.fromkeys(node for name in site.operations for node in overlay.nodes[name]))
+        old_nodes = list(dict.fromkeys(node for name in site.operations for node in overlay.nodes.get(name, ())))
         read = [value for node in old_nodes for value in node.inputs if value is not None]
         anchor = old_value.producer()
         assert anchor is not None

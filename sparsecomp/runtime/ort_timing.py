@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
 
 _TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
@@ -70,6 +72,20 @@ def make_session(model: Path | bytes, library: Path | None, threads: int) -> Any
     if library is not None:
         options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(str(model) if isinstance(model, Path) else model, options)
+
+
+def product_call(weight: npt.NDArray[np.float32], x: npt.NDArray[np.float32], threads: int) -> Callable[[], Any]:
+    """A call of a session with one product, of x `[tokens, I]` with a constant weight `[O, I]`."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, weight.shape[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, weight.shape[0]])],
+        [numpy_helper.from_array(np.ascontiguousarray(weight.T), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = make_session(model.SerializeToString(), None, threads)
+    return lambda: session.run(None, {"x": x})
 
 
 def compare(

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from sparsecomp.kernels import panel
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, function_of
-from sparsecomp.runtime.ort_timing import make_session
+from sparsecomp.runtime.ort_timing import product_call
 from sparsecomp.targets.base import DENSE, Problem, WeightFacts
 from sparsecomp.targets.x86 import calibration, cost, schedules
 from sparsecomp.targets.x86.calibrate import (
@@ -86,7 +85,7 @@ def _measure(level_name: str, deadline: float) -> dict[str, list[Point]]:
                 taken = median_seconds(full_call(level_name, weight, x)[0])
             else:
                 _, counted = cost.quantities(machine, DENSE, problem)
-                taken = max(median_seconds(_dense_call(weight, x)) - outside, 1e-7)
+                taken = max(median_seconds(product_call(weight, x, 1)) - outside, 1e-7)
             points[name].append((counted, 1e9 * taken))
     raise AssertionError("unreachable")
 
@@ -101,21 +100,7 @@ def _grid(tokens: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], int]]:
 
 def _outside() -> float:
     """Seconds of a call of a session beside its product."""
-    return median_seconds(_dense_call(np.ones((1, 16), np.float32), np.ones((1, 16), np.float32)))
-
-
-def _dense_call(weight: npt.NDArray[np.float32], x: npt.NDArray[np.float32]) -> Callable[[], Any]:
-    """A product with a weight `[O, I]` in a session."""
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, weight.shape[1]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, weight.shape[0]])],
-        [numpy_helper.from_array(np.ascontiguousarray(weight.T), "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = make_session(model.SerializeToString(), None, 1)
-    return lambda: session.run(None, {"x": x})
+    return median_seconds(product_call(np.ones((1, 16), np.float32), np.ones((1, 16), np.float32), 1))
 
 
 def full_call(

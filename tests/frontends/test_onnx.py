@@ -306,6 +306,45 @@ def test_functions_of_the_model(tmp_path: Path) -> None:
 # -- convolutions -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("opset", [9, 13])
+def test_zeros_that_a_node_puts_around_maps(opset: int, tmp_path: Path) -> None:
+    pads = [0, 0, 1, 0, 0, 0, 2, 1]
+    if opset < 11:
+        pad, constants = node("Pad", "x", "p", pads=pads), {}
+    else:
+        pad, constants = node("Pad", "x pads", "p"), {"pads": np.array(pads, np.int64)}
+    nodes = [pad, node("Conv", "p w", "y", pads=[0, 1, 0, 1])]
+    model = cases.model_of(
+        nodes, {"x": ["n", 6, 9, 10]}, {**constants, "w": cases.sparse_array(8, 6, 3, 3)}, opset=opset
+    )
+    output = check(
+        model, tmp_path, 1, {"x": np.random.default_rng(2).standard_normal((2, 6, 9, 10)).astype(np.float32)}
+    )
+    assert len(operations(output)) == 1
+
+
+@pytest.mark.parametrize("attributes", [{"pads": [1, 1, 0, 0]}, {"auto_pad": "SAME_LOWER"}])
+def test_more_zeros_before_than_behind_stay_dense(attributes: dict[str, Any]) -> None:
+    model = cases.model_of(
+        [node("Conv", "x w", "y", **attributes)], {"x": [2, 6, 9, 10]}, {"w": cases.sparse_array(8, 6, 2, 2)}
+    )
+    assert not sparsecomp.onnx.inspect(model).rewritten
+
+
+def test_a_constant_on_the_left(tmp_path: Path) -> None:
+    weight = cases.sparse_array(24, 40, density=0.1)
+    feeds = {"x": np.random.default_rng(3).standard_normal((2, 40, 50)).astype(np.float32)}
+    nodes = [node("MatMul", "w x", "h"), node("Relu", "h", "y")]
+    output = check(cases.model_of(nodes, {"x": ["n", 40, 50]}, {"w": weight}), tmp_path, 1, feeds)
+    assert operations(output) == ["Conv1d1Relu"]
+    # What is added to the last dimension is no bias of its outputs.
+    nodes = [node("MatMul", "w x", "h"), node("Add", "h b", "y")]
+    constants = {"w": weight, "b": np.arange(50, dtype=np.float32)}
+    check(cases.model_of(nodes, {"x": ["n", 40, 50]}, constants), tmp_path, 1, feeds)
+    (choice,) = inspected(cases.model_of([node("MatMul", "w x", "y")], {"x": [40, "n"]}, {"w": weight}))
+    assert "left" in choice.reason
+
+
 @pytest.mark.parametrize(
     ("weight", "x", "attributes"),
     [
@@ -315,6 +354,9 @@ def test_functions_of_the_model(tmp_path: Path) -> None:
         ((8, 3, 2, 3), (2, 6, 7, 7), {"group": 2, "pads": [2, 2, 2, 2]}),
         ((8, 6, 3), (2, 6, 17), {"pads": [1, 1], "strides": [2]}),
         ((8, 6, 3), (2, 6, 17), {"auto_pad": "VALID"}),
+        ((8, 6, 3, 2), (2, 6, 9, 10), {"pads": [0, 0, 1, 2], "strides": [1, 2]}),
+        ((8, 6, 4, 4), (2, 6, 9, 10), {"auto_pad": "SAME_UPPER", "strides": [2, 3]}),
+        ((8, 6, 2), (2, 6, 17), {"auto_pad": "SAME_UPPER"}),
     ],
 )
 @pytest.mark.parametrize("opset", [10, 11, 17])
