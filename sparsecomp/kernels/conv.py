@@ -19,10 +19,10 @@ import numpy.typing as npt
 
 from sparsecomp.kernels import tir
 from sparsecomp.kernels.epilogue import Epilogue
-from sparsecomp.patterns.quads import QUAD, QUAD_FIELDS, QuadWeight
+from sparsecomp.kernels.quads import WEIGHTS, Quad, QuadShape
+from sparsecomp.patterns.quads import QUAD, QuadWeight
 from sparsecomp.window import Window
 
-WEIGHTS = ("float32", "uint64", "int32", "int32")  # values, words, quads, table
 DIMS = (
     "planes",
     "plane",
@@ -268,76 +268,24 @@ def _quad(
     target: tuple[tir.Expr, tir.Expr],
 ) -> None:
     """Add one block of columns to the sums of four rows; after the last block finish them."""
-    lanes, tile, vectors, scratch = schedule.lanes, schedule.tile, schedule.vectors, args["scratch"]
     first_row, sums = target
-    value0, word0, shared, own, *rows = (tir.bind(args["w2"][quad * QUAD_FIELDS + i]) for i in range(QUAD_FIELDS))
-    waiting = [tir.bind(sums + row * tile) for row in rows]
-    total = tir.registers(QUAD * tile)
-    slots = [(member, v * lanes, member * tile + v * lanes) for member in range(QUAD) for v in range(vectors)]
-    with tir.when(block == 0):
-        for _, _, slot in slots:
-            tir.store(total, slot, tir.const(0.0, lanes=lanes), lanes)
-    with tir.when(block > 0):
-        for member, at, slot in slots:
-            tir.store(total, slot, tir.load(scratch, waiting[member] + at, lanes), lanes)
-
-    def column(word: tir.Expr, place: int) -> tir.Expr:
-        shifted = word >> tir.const(16 * place, "uint64") if place else word
-        low = shifted & tir.const(0xFFFF, "uint64") if place < QUAD - 1 else shifted
-        return tir.bind(tir.cast("int64", low) * tir.const(tile, "int64"))
-
-    def add(members: tuple[int, ...], factors: list[tir.Expr], at: tir.Expr) -> None:
-        for v in range(vectors):
-            activation = tir.load(scratch, at + tir.const(v * lanes, "int64"), lanes)
-            activation = tir.bind(activation) if len(members) > 1 else activation
-            for member in members:
-                slot = member * tile + v * lanes
-                tir.store(total, slot, tir.load(total, slot, lanes) + factors[member] * activation, lanes)
-
-    with tir.loop(shared) as i:
-        word = tir.bind(args["w1"][word0 + i])
-        for half in (0, 1):
-            factors = _factors(args, schedule, tir.bind(value0 + i * (2 * QUAD) + half * QUAD))
-            add((0, 1), factors, column(word, 2 * half))
-            add((2, 3), factors, column(word, 2 * half + 1))
-    value1, word1 = tir.bind(value0 + shared * (2 * QUAD)), tir.bind(word0 + shared)
-    with tir.loop(own) as i:
-        word = tir.bind(args["w1"][word1 + i])
-        factors = _factors(args, schedule, tir.bind(value1 + i * QUAD))
-        for member in range(QUAD):
-            add((member,), factors, column(word, member))
-
-    def keep() -> None:
-        for member, at, slot in slots:
-            tir.store(scratch, waiting[member] + at, tir.load(total, slot, lanes), lanes)
-
+    shape = QuadShape(schedule.lanes, schedule.vectors, schedule.spread)
+    work = Quad(args, shape, quad, sums)
+    work.begin(block)
+    work.add(tir.const(0, "int64"))
     if not schedule.whole:
-        keep()
+        work.keep()
         return
     with tir.when(block < d["blocks"] - 1):
-        keep()
+        work.keep()
     with tir.when(block == d["blocks"] - 1):
         for member in range(QUAD):
-            output = tir.bind(first_row + rows[member])
-            with tir.when(rows[member] < d["chunk"]):
+            output = tir.bind(first_row + work.rows[member])
+            with tir.when(work.rows[member] < d["chunk"]):
                 at = tir.bind((place.image * d["outputs"] + output) * d["length"] + place.first)
-                for v in range(vectors):
-                    value = tir.load(total, member * tile + v * lanes, lanes)
-                    _finish(args, epilogue, d, value, output, at + v * lanes, lanes)
-
-
-def _factors(args: tir.Arguments, schedule: ConvSchedule, at: tir.Expr) -> list[tir.Expr]:
-    """Four weights, each in every lane."""
-    lanes, values = schedule.lanes, args["w0"]
-    if schedule.spread == "load":
-        return [tir.bind(tir.splat(values[at + member], lanes)) for member in range(QUAD)]
-    four = tir.load(values, at, QUAD)
-    # The fence keeps LLVM from making four loads of it again.
-    repeated = tir.fence(tir.repeat(four, QUAD, lanes // QUAD), lanes)
-    return [
-        tir.bind(tir.shuffle(repeated, repeated, [i - i % QUAD + member for i in range(lanes)]))
-        for member in range(QUAD)
-    ]
+                for v in range(schedule.vectors):
+                    lane = v * schedule.lanes
+                    _finish(args, epilogue, d, work.total(member, v), output, at + lane, schedule.lanes)
 
 
 def _finish(

@@ -90,8 +90,11 @@ def _tile(
     lanes, vectors = schedule.lanes, schedule.vectors
     total = tir.registers(schedule.tokens * vectors * lanes)
     slots = [(t, v, (t * vectors + v) * lanes) for t in range(schedule.tokens) for v in range(vectors)]
-    for _, _, slot in slots:
+    row = tir.bind(panel * schedule.v + lane0)
+    for t, v, slot in slots:
         tir.store(total, slot, tir.const(0.0, lanes=lanes), lanes)
+        # By the time that the sums are done the lines of y are there.
+        tir.prefetch(args["y"], tir.minimum(token + t, tokens - 1) * outputs + row + v * lanes)
     # Tokens past the end repeat the last one and are not stored.
     sources = [tir.bind(tir.minimum(token + t, tokens - 1) * inputs) for t in range(schedule.tokens)]
     # Vector v of the tile lies in the stored part `lane / width` of the panel.
@@ -108,7 +111,6 @@ def _tile(
             for v in range(vectors):
                 slot = (t * vectors + v) * lanes
                 tir.store(total, slot, tir.load(total, slot, lanes) + activation * weight[v], lanes)
-    row = tir.bind(panel * schedule.v + lane0)
     for t, v, slot in slots:
         output = tir.bind(row + v * lanes)
         at = tir.bind((token + t) * outputs + output)

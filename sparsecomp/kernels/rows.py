@@ -3,49 +3,34 @@
 A tile of tokens is transposed to feature-major scratch, so that every kept weight is one broadcast times contiguous
 loads. Columns come in blocks that keep the touched part of the tile in the L1 cache; the sums of a chunk of rows wait
 in scratch between blocks and are transposed back, with the epilogue, when the chunk is done. See
-`sparsecomp.patterns.rows` for the pairs of rows that share loads.
+`sparsecomp.patterns.quads` for the rows in fours, and `sparsecomp.kernels.quads` for the inner loop.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsecomp.kernels import tir
 from sparsecomp.kernels.epilogue import Epilogue
-from sparsecomp.patterns.rows import PAIR_FIELDS, RowWeight
+from sparsecomp.kernels.quads import WEIGHTS, Quad, QuadShape
+from sparsecomp.patterns.quads import QuadWeight
 
-WEIGHTS = ("float32", "uint16", "int32", "int32")  # values, columns, pairs, rows
 DIMS = ("tokens", "inputs", "outputs", "blocks", "block_floats", "chunk", "splits")
 _CACHE_LINE = 16  # floats
 
 
-@dataclass(frozen=True)
-class RowSchedule:
-    """Register shape: `vectors` vectors of `lanes` tokens for each of the two rows of a pair."""
-
-    lanes: int
-    vectors: int
-
-    @property
-    def tile(self) -> int:
-        """Tokens of a tile."""
-        return self.lanes * self.vectors
-
-
-def weights(packed: RowWeight) -> list[npt.NDArray[np.generic]]:
+def weights(packed: QuadWeight) -> list[npt.NDArray[np.generic]]:
     """The arrays that the kernel takes as `w0`..`w3`."""
-    return [packed.values, packed.columns, packed.pairs, packed.rows]
+    return [packed.values, packed.words, packed.quads, packed.starts]
 
 
-def scratch_floats(inputs: int, chunk: int, schedule: RowSchedule) -> int:
+def scratch_floats(inputs: int, chunk: int, schedule: QuadShape) -> int:
     """Scratch of one thread: the transposed tile, the sums of a chunk with its spare row, and the staging area."""
     return (inputs + chunk + 1) * schedule.tile + schedule.lanes * (chunk + _CACHE_LINE)
 
 
-def build(schedule: RowSchedule, epilogue: Epilogue) -> tir.Expr:
+def build(schedule: QuadShape, epilogue: Epilogue) -> tir.Expr:
     """The kernel in TIR. Item i is tile `i // splits` for the part `i % splits` of the chunks."""
     builder = tir.KernelBuilder("rows", WEIGHTS)
     tile = schedule.tile
@@ -68,18 +53,22 @@ def build(schedule: RowSchedule, epilogue: Epilogue) -> tir.Expr:
                 at = tir.bind(first + index)
                 row = tir.bind(at * chunk)
                 rows = tir.bind(tir.minimum(chunk, outputs - row))
-                pairs = tir.bind(tir.ceil_div(rows, 2))
                 with tir.loop(blocks) as b:
-                    base = tir.bind(at * blocks * tir.floor_div(chunk, 2) + b * pairs)
-                    with tir.loop(pairs) as p:
-                        _pair(args, schedule, tir.bind(base + p), b, tir.bind(b * block_floats), sums)
+                    start = tir.bind(at * blocks + b)
+                    begin, end = tir.bind(args["w3"][start]), tir.bind(args["w3"][start + 1])
+                    base = tir.bind(tir.cast("int64", b * block_floats))
+                    with tir.loop(end - begin) as q:
+                        with tir.when(b == blocks - 1):
+                            _prefetch_outputs(args, schedule, (q, end - begin), (token, tokens), (row, rows, outputs))
+                        quad = Quad(args, schedule, tir.bind(begin + q), sums)
+                        quad.begin(b)
+                        quad.add(base)
+                        quad.keep()
                 _store_chunk(args, schedule, epilogue, (token, tokens), (row, rows, outputs), places)
     return builder.function
 
 
-def _gather_tile(
-    args: tir.Arguments, schedule: RowSchedule, token: tir.Expr, tokens: tir.Expr, inputs: tir.Expr
-) -> None:
+def _gather_tile(args: tir.Arguments, schedule: QuadShape, token: tir.Expr, tokens: tir.Expr, inputs: tir.Expr) -> None:
     """Transpose x[token : token + tile] into scratch; tokens past the end repeat the last, and are never stored."""
     lanes, tile, x, scratch = schedule.lanes, schedule.tile, args["x"], args["scratch"]
     per_line = max(1, _CACHE_LINE // lanes)
@@ -100,56 +89,25 @@ def _gather_tile(
         tir.store(scratch, column * tile + t, tir.load(x, source(t) + column))
 
 
-def _pair(
-    args: tir.Arguments, schedule: RowSchedule, pair: tir.Expr, block: tir.Expr, tile_base: tir.Expr, sums: tir.Expr
+def _prefetch_outputs(
+    args: tir.Arguments,
+    schedule: QuadShape,
+    turn: tuple[tir.Expr, tir.Expr],
+    token_range: tuple[tir.Expr, tir.Expr],
+    row_range: tuple[tir.Expr, tir.Expr, tir.Expr],
 ) -> None:
-    """Add one block of columns to the sums of two rows."""
-    lanes, tile, vectors = schedule.lanes, schedule.tile, schedule.vectors
-    scratch, values, columns = args["scratch"], args["w0"], args["w1"]
-    fields = [tir.bind(args["w2"][pair * PAIR_FIELDS + i]) for i in range(PAIR_FIELDS)]
-    value0, column0, both, turns, left = fields
-    place = [tir.bind(sums + args["w3"][pair * 2 + member] * tile) for member in (0, 1)]
-    total = tir.registers(2 * tile)
-    slots = [(member, v, member * tile + v * lanes) for member in (0, 1) for v in range(vectors)]
-    for member, v, slot in slots:
-        waiting = tir.load(scratch, place[member] + v * lanes, lanes)
-        tir.store(total, slot, tir.select(block == 0, tir.const(0.0, lanes=lanes), waiting), lanes)
-
-    def weight(at: tir.Expr) -> tir.Expr:
-        return tir.bind(tir.splat(values[at], lanes))
-
-    def source(at: tir.Expr) -> tir.Expr:
-        return tir.bind(tile_base + tir.cast("int32", columns[at]) * tile)
-
-    def add(member: int, v: int, factor: tir.Expr, activation: tir.Expr) -> None:
-        slot = member * tile + v * lanes
-        tir.store(total, slot, tir.load(total, slot, lanes) + factor * activation, lanes)
-
-    with tir.loop(both) as i:
-        factors = [weight(value0 + 2 * i), weight(value0 + 2 * i + 1)]
-        at = source(column0 + i)
-        for v in range(vectors):
-            activation = tir.bind(tir.load(scratch, at + v * lanes, lanes))
-            add(0, v, factors[0], activation)
-            add(1, v, factors[1], activation)
-    value1, column1 = tir.bind(value0 + 2 * both), tir.bind(column0 + both)
-    with tir.loop(turns) as i:
-        for member in (0, 1):
-            factor, at = weight(value1 + 2 * i + member), source(column1 + 2 * i + member)
-            for v in range(vectors):
-                add(member, v, factor, tir.load(scratch, at + v * lanes, lanes))
-    value2, column2 = tir.bind(value1 + 2 * turns), tir.bind(column1 + 2 * turns)
-    with tir.loop(left) as i:
-        factor, at = weight(value2 + i), source(column2 + i)
-        for v in range(vectors):
-            add(0, v, factor, tir.load(scratch, at + v * lanes, lanes))
-    for member, v, slot in slots:
-        tir.store(scratch, place[member] + v * lanes, tir.load(total, slot, lanes), lanes)
+    """Ask for the lines of y that the chunk will be stored to, a few with every quad: they may be far away."""
+    (q, quads), (token, tokens), (row, rows, outputs) = turn, token_range, row_range
+    first = tir.bind(tir.floor_div(q * schedule.tile, quads))
+    with tir.loop(tir.floor_div((q + 1) * schedule.tile, quads) - first) as i:
+        start = tir.bind(tir.minimum(token + first + i, tokens - 1) * outputs + row)
+        with tir.loop(tir.ceil_div(rows, _CACHE_LINE)) as line:
+            tir.prefetch(args["y"], start + tir.minimum(line * _CACHE_LINE, rows - 1))
 
 
 def _store_chunk(
     args: tir.Arguments,
-    schedule: RowSchedule,
+    schedule: QuadShape,
     epilogue: Epilogue,
     token_range: tuple[tir.Expr, tir.Expr],
     row_range: tuple[tir.Expr, tir.Expr, tir.Expr],
@@ -188,25 +146,11 @@ def _store_chunk(
 
 def reference(
     x: npt.NDArray[np.float32],
-    packed: RowWeight,
+    packed: QuadWeight,
     bias: npt.NDArray[np.float32],
     residual: npt.NDArray[np.float32] | None,
     epilogue: Epilogue,
 ) -> npt.NDArray[np.float32]:
     """What the kernel computes, from its packed arrays: x `[tokens, I]` gives `[tokens, O]`."""
-    total = np.zeros((x.shape[0], packed.shape[0]), np.float64)
-    pair = 0
-    for first_row in range(0, packed.shape[0], packed.chunk):
-        rows = min(packed.chunk, packed.shape[0] - first_row)
-        for first_column in range(0, packed.shape[1], packed.block):
-            for _ in range(-(-rows // 2)):
-                value, column, both, turns, left = (int(field) for field in packed.pairs[pair])
-                steps = [(member, 2 * i + member, i) for i in range(both) for member in (0, 1)]
-                steps += [(i % 2, 2 * both + i, both + i) for i in range(2 * turns)]
-                steps += [(0, 2 * both + 2 * turns + i, both + 2 * turns + i) for i in range(left)]
-                for member, value_step, column_step in steps:
-                    source = first_column + int(packed.columns[column + column_step])
-                    target = first_row + int(packed.rows[pair, member])
-                    total[:, target] += np.float64(packed.values[value + value_step]) * x[:, source]
-                pair += 1
+    total = x.astype(np.float64) @ packed.unpack().numpy().astype(np.float64).T
     return epilogue.reference(total.astype(np.float32), bias, residual)

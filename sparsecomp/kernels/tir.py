@@ -253,9 +253,9 @@ def loop(extent: Expr | int) -> Any:
     return _script().serial(extent)
 
 
-def prefetch(buffer: Expr, index: Expr) -> None:
-    """Ask for the cache line of an entry, to be read once (LLVM's `prefetch` for reading, low locality)."""
-    hints = [const(value, "int32") for value in (0, 2, 1)]
+def prefetch(buffer: Expr, index: Expr, locality: int = 2) -> None:
+    """Ask for the cache line of an entry: into the L1 cache (locality 3), or the L2 cache (2; LLVM's `prefetch`)."""
+    hints = [const(value, "int32") for value in (0, locality, 1)]
     call = _tirx().call_llvm_intrin("void", "llvm.prefetch.p0", _address_of(buffer, index), *hints)
     _script().evaluate(call)
 
@@ -273,10 +273,10 @@ def registers(count: int, dtype: str = "float32") -> Expr:
 
 
 def transpose(vectors: Sequence[Expr]) -> list[Expr]:
-    """Transpose a square of `lanes` vectors of `lanes` entries (4, 8, 16, ...) by rounds of two-input shuffles.
+    """Transpose a square of `lanes` vectors of `lanes` entries (4, 8 or 16) by rounds of two-input shuffles.
 
     Within 128 bits four rows are transposed by interleaving single entries and then pairs, which are one instruction
-    each on x86 (unpack) and AArch64 (zip); the blocks of 128 bits then change places as in Eklundh's method.
+    each on x86 (unpack) and AArch64 (zip); then the blocks of 128 bits are.
     """
     rows = list(vectors)
     lanes = len(rows)
@@ -296,18 +296,21 @@ def transpose(vectors: Sequence[Expr]) -> list[Expr]:
                         ]
                     result.append(bind(shuffle(group[a], group[b], order)))
         rows = result
-    step = 4
-    while step < lanes:
-        result = list(rows)
-        low = [i if not i & step else i - step + lanes for i in range(lanes)]
-        high = [i + step if not i & step else i + lanes for i in range(lanes)]
-        for i in range(lanes):
-            if not i & step:
-                result[i] = bind(shuffle(rows[i], rows[i + step], low))
-                result[i + step] = bind(shuffle(rows[i], rows[i + step], high))
-        rows = result
-        step *= 2
-    return rows
+    # The blocks of 128 bits: rounds that x86 has one instruction for (vshuff32x4, vperm2f128).
+    blocks = lanes // 4
+    if blocks == 1:
+        return rows
+    halves = [list(range(lanes // 2)) + list(range(lanes, lanes + lanes // 2))]
+    halves.append([i + lanes // 2 for i in halves[0]])
+    if blocks == 2:
+        return [bind(shuffle(rows[i], rows[i + 4], half)) for half in halves for i in range(4)]
+    every = [[i for b in range(odd, 2 * blocks, 2) for i in range(4 * b, 4 * b + 4)] for odd in (0, 1)]
+    result = []
+    for half in halves:
+        low = [bind(shuffle(rows[i], rows[i + 4], half)) for i in range(4)]
+        high = [bind(shuffle(rows[i + 8], rows[i + 12], half)) for i in range(4)]
+        result += [bind(shuffle(low[i], high[i], picked)) for picked in every for i in range(4)]
+    return result
 
 
 # -- to an object file ------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""The packed form of a weight for the convolution kernel: rows in fours, all of about the same number of kept columns.
+"""The packed form of a weight whose rows are each their own (unstructured, N:M): rows in fours.
 
-The kernel adds to the sums of four rows at once. Rows are sorted by how many columns they keep, so that the four of a
-quad need one count and few zeros to fill it up, and the loops of neighbouring quads end at the same place, which the
-branch predictor likes. Among rows of about the same count, those that share most columns become the pairs of a quad: a
-shared column is loaded once for two rows. Four column numbers make one word of 64 bits, since loads are what bounds the
-loop.
+The kernels of linears and convolutions add to the sums of four rows at once. Rows are sorted by how many columns they
+keep, so that the four of a quad need one count and few zeros to fill it up, and the loops of neighbouring quads end at
+the same place, which the branch predictor likes. Among rows of about the same count, those that share most columns
+become the pairs of a quad: a shared column is loaded once for two rows. Four column numbers make one word of 64 bits,
+since loads are what bounds the loop.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sparsecomp.patterns.rows import matched_pairs
-
 Int32 = npt.NDArray[np.int32]
 
 QUAD = 4
 QUAD_FIELDS = 8
+# Cells of the overlap matrices in memory at once while rows are matched.
+_OVERLAP_CELLS = 1 << 24
 # Rows among which partners are looked for; beyond, their counts differ too much.
 _WINDOW = 16
 
@@ -197,7 +197,7 @@ def _fours(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     pairs = []
     for part in (order[:whole].reshape(-1, _WINDOW), order[whole:].reshape(1, -1)):
         if part.size:
-            matched = matched_pairs(kept[part])
+            matched = _matched_pairs(kept[part])
             pairs.append(np.take_along_axis(part[:, None, :], matched, axis=2).reshape(len(part), -1, 2))
     quads = []
     for windows in pairs:
@@ -206,3 +206,30 @@ def _fours(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         ranked = np.argsort(-common, axis=1, kind="stable")
         quads.append(np.take_along_axis(windows, ranked[..., None], axis=1).reshape(-1, QUAD))
     return np.concatenate(quads)
+
+
+def _matched_pairs(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Pairs `[blocks, rows / 2, 2]` for `kept [blocks, rows, columns]`: each row takes the one that shares most.
+
+    A greedy matching, done for all blocks in step.
+    """
+    blocks, rows, _ = kept.shape
+    slab = max(1, _OVERLAP_CELLS // max(rows * rows, 1))
+    return np.concatenate([_matched_slab(kept[start : start + slab]) for start in range(0, blocks, slab)])
+
+
+def _matched_slab(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    blocks, rows, _ = kept.shape
+    # Exact small integers in float32: the product runs in BLAS.
+    masks = kept.astype(np.float32)
+    overlap = masks @ masks.transpose(0, 2, 1)
+    taken = np.zeros((blocks, rows), np.float32)  # minus infinity for a row that has its partner
+    block = np.arange(blocks)
+    pairs = np.empty((blocks, rows // 2, 2), np.int64)
+    for turn in range(rows // 2):
+        first = taken.argmax(axis=1)  # the first free row of each block
+        taken[block, first] = -np.inf
+        second = (overlap[block, first] + taken).argmax(axis=1)
+        taken[block, second] = -np.inf
+        pairs[:, turn, 0], pairs[:, turn, 1] = first, second
+    return pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -54,12 +55,17 @@ def load(level: str, host: str = "") -> Calibration:
         content = _read(path)
         _check(content, shipped.coefficients)
     except ValueError as error:
-        log.warning("the calibration %s is not used: %s; run `sparsecomp calibrate` again", path, error)
+        _warn_once(f"the calibration {path} is not used: {error}; run `sparsecomp calibrate` again")
         return shipped
     if content["cpu"] != cpu_name():
-        log.warning("the calibration %s is not used: it is for %s", path, content["cpu"])
+        _warn_once(f"the calibration {path} is not used: it is for {content['cpu']}")
         return shipped
     return Calibration(content["coefficients"], f"calibrated {content['when']}", True)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def save(level: str, coefficients: Coefficients, when: str, notes: dict[str, Any], host: str = "") -> Path:
@@ -73,7 +79,7 @@ def save(level: str, coefficients: Coefficients, when: str, notes: dict[str, Any
     return path
 
 
-def _shipped(level: str, host: str) -> Calibration:
+def _shipped(level: str, host: str = "") -> Calibration:
     name = f"{host}{host and '_'}prices.json"
     content = json.loads(resources.files(__package__).joinpath(name).read_text())
     entry = content["levels"][level]

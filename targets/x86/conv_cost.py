@@ -8,7 +8,7 @@ from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import Layout
 from sparsecomp.targets.base import Candidate, Problem
 from sparsecomp.targets.x86 import conv_schedules as schedules
-from sparsecomp.targets.x86.cost import ACTIVATION_COST, Machine, Quantities, traffic
+from sparsecomp.targets.x86.cost import ACTIVATION_COST, Machine, Quantities, shared_columns, traffic
 
 
 def quantities(machine: Machine, candidate: Candidate, problem: Problem) -> tuple[str, Quantities]:
@@ -60,11 +60,6 @@ def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
         **traffic(machine, 6 * facts.nonzeros + 32 * quads, passes, problem.threads),
         "call": 1.0,
     }
-
-
-def shared_columns(density: float) -> float:
-    """Share of the loads that two rows of a pair save, as the matching of random weights was seen to give it."""
-    return max(0.0, min(0.5, 0.5 * density + 0.02 * (density < 0.5))) if density > 0.1 else 0.3 * density
 
 
 def _dense(machine: Machine, problem: Problem) -> Quantities:

@@ -18,6 +18,7 @@ from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of
 from sparsecomp.targets.base import ConvEpilogue, ConvKernel
 from sparsecomp.targets.x86 import conv_schedules as schedules
 from sparsecomp.targets.x86.cpu import Level, caches
+from sparsecomp.targets.x86.schedules import spread as weight_spread
 from sparsecomp.window import Maps, Window
 
 # Calls that are remembered; a stream of ever new sizes must not grow without bound.
@@ -108,7 +109,7 @@ class X86ConvKernel(_X86Kernel):
         geometry = Geometry.of(window, maps)
         rows = (self._sizes["group_rows"], window.groups)
         cut = schedules.call(self._level, geometry, maps.images, rows, self._vectors, threads, caches().l2)
-        spread = "shuffle" if self._level.lanes == 16 else "load"
+        spread = weight_spread(self._level)
         schedule = conv.ConvSchedule(self._level.lanes, cut.vectors, geometry.masked, cut.whole, spread)
         after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
         function = self._function("conv", f"{schedule!r} {after!r}", lambda: conv.build(schedule, after))

@@ -60,29 +60,25 @@ def _rows(machine: Machine, candidate: Candidate, problem: Problem) -> Quantitie
     # Passes over the weight: one for every tile.
     passes = call.tiles * share
     nonzeros, vectors = facts.nonzeros, call.variant
-    loads = nonzeros - _shared_columns(facts.nonzeros, facts.panels.get(2), shape)
-    pairs = math.ceil(shape[0] / 2) * blocks
+    loads = nonzeros * (1 - shared_columns(facts.density))
+    quads = math.ceil(shape[0] / 4) * blocks
     tile = vectors * level.lanes
-    nbytes = 4 * nonzeros + 2 * loads + 28 * pairs
     return {
         "multiply": passes * nonzeros * vectors,
         "load": passes * loads * vectors,
-        "step": passes * nonzeros,
-        "pair": passes * pairs,
-        "pair_vector": passes * pairs * vectors,
+        "step": passes * loads,
+        "quad": passes * quads,
+        "sums": passes * quads * vectors,
         "transpose_in": passes * call.splits * shape[1] * tile,
         "transpose_out": passes * shape[0] * tile,
-        **traffic(machine, nbytes, passes, problem.threads),
+        **traffic(machine, 4 * nonzeros + 2 * loads + 32 * quads, passes, problem.threads),
         "call": 1.0,
     }
 
 
-def _shared_columns(nonzeros: int, kept_pairs: int | None, shape: tuple[int, int]) -> float:
-    """Columns that both rows of a pair keep, from the union that neighbours have; matched rows share more."""
-    by_place = nonzeros - kept_pairs if kept_pairs is not None else 0
-    density = nonzeros / max(shape[0] * shape[1], 1)
-    # Matching finds rows that share more than neighbours do; the gain was seen to be near this where chance rules.
-    return max(by_place, min(nonzeros * (0.25 + 0.6 * density) / 2, nonzeros / 2)) if density < 0.4 else by_place
+def shared_columns(density: float) -> float:
+    """Share of the loads that two rows of a pair save, as matching the rows of random weights was seen to give it."""
+    return 0.75 * density if density < 0.1 else 0.5 * density + 0.03 * (1 - density)
 
 
 def _panel(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
@@ -100,6 +96,7 @@ def _panel(machine: Machine, candidate: Candidate, problem: Problem) -> Quantiti
     chain = max(schedule.tokens * schedule.vectors, _LATENCY)
     return {
         "multiply": passes * columns * chain,
+        "broadcast": passes * columns * schedule.tokens,
         "step": passes * columns * schedule.vectors,
         "tile": passes * parts,
         "store": passes * schedule.tokens * shape[0],

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sparsecomp.kernels import gathered, panel, rows
 from sparsecomp.kernels.epilogue import Epilogue
+from sparsecomp.kernels.quads import QuadShape
 from sparsecomp.patterns import PanelWeight
 from sparsecomp.patterns.gathered import GatherWeight, MaskWeight
-from sparsecomp.patterns.rows import RowWeight
+from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, function_of
 from sparsecomp.targets.base import Kernel
 from sparsecomp.targets.x86 import schedules
@@ -96,7 +97,7 @@ class RowsKernel(X86Kernel):
 
     def __init__(self, level: Level, weight: Tensor) -> None:
         shape = (weight.shape[0], weight.shape[1])
-        packed = RowWeight.pack(weight, **schedules.row_packing(level, shape, caches().l1))
+        packed = QuadWeight.pack(weight, **schedules.row_packing(level, shape, caches().l1))
         self._block, self._chunk = packed.block, packed.chunk
         super().__init__(level, shape, rows.weights(packed))
 
@@ -108,8 +109,8 @@ class RowsKernel(X86Kernel):
         dims = [tokens, inputs, outputs, blocks, self._block * schedule.tile, self._chunk, call.splits]
         return call.variant, dims, call.items, rows.scratch_floats(inputs, self._chunk, schedule)
 
-    def _schedule(self, variant: int) -> rows.RowSchedule:
-        return rows.RowSchedule(self._level.lanes, variant)
+    def _schedule(self, variant: int) -> QuadShape:
+        return QuadShape(self._level.lanes, variant, schedules.spread(self._level))
 
     def _build(self, schedule: Any, epilogue: Epilogue) -> Any:
         return rows.build(schedule, epilogue)

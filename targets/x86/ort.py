@@ -12,10 +12,10 @@ from torch import Tensor
 from sparsecomp.kernels import conv, gathered, panel, rows
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.epilogue import Epilogue
+from sparsecomp.kernels.quads import QuadShape
 from sparsecomp.patterns import PanelWeight
 from sparsecomp.patterns.gathered import GatherWeight, MaskWeight
 from sparsecomp.patterns.quads import QuadWeight
-from sparsecomp.patterns.rows import RowWeight
 from sparsecomp.runtime.launch import KernelSource
 from sparsecomp.runtime.ort_library import OrtKernel, OrtTarget, PackedForm, PackedWeight
 from sparsecomp.targets.base import Candidate
@@ -43,9 +43,8 @@ def _pack(level: Level, candidate: Candidate, weight: Tensor) -> PackedForm:
     sizes = {"outputs": int(weight.shape[0]), "inputs": int(weight.shape[1])}
     if candidate.kernel == "rows":
         shape = (sizes["outputs"], sizes["inputs"])
-        row = RowWeight.pack(weight, **schedules.row_packing(level, shape, caches().l1))
-        arrays = dict(zip(("values", "columns", "pairs", "rows"), rows.weights(row), strict=True))
-        return PackedForm("rows", 1, {**sizes, "chunk": row.chunk, "block": row.block}, arrays)
+        quads = QuadWeight.pack(weight, **schedules.row_packing(level, shape, caches().l1))
+        return PackedForm("rows", 1, {**sizes, "chunk": quads.chunk, "block": quads.block}, _arrays(quads))
     if candidate.kernel == "full":
         v = full_panel(level)
         return PackedForm("full", v, sizes, {"values": _panels(weight.detach().float().numpy(), v)}, v)
@@ -98,7 +97,7 @@ def kernels(level: Level, family: str, v: int, epilogue: Epilogue) -> tuple[OrtK
 
     if family == "rows":
         return tuple(
-            kernel(vectors, rows.RowSchedule(level.lanes, vectors), rows.build)
+            kernel(vectors, QuadShape(level.lanes, vectors, schedules.spread(level)), rows.build)
             for vectors in schedules.ROW_VECTORS
             if vectors <= level.vectors
         )
@@ -133,7 +132,7 @@ def conv_kernels(
         for threads in _THREADS:
             cut = conv_schedules.call(level, geometry, maps.images, shape, vectors, threads, caches().l2)
             wanted.add((cut.vectors, cut.whole))
-    spread = "shuffle" if level.lanes == 16 else "load"
+    spread = schedules.spread(level)
     found = []
     for number, whole in sorted(wanted):
         schedule = conv.ConvSchedule(level.lanes, number, masked, whole, spread)

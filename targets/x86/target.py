@@ -137,8 +137,8 @@ class X86Target(Target):
         outputs, inputs, nonzeros = facts.out_features, facts.in_features, facts.nonzeros
         if candidate.kernel == "rows":
             packing = schedules.row_packing(self._level, (outputs, inputs), self._machine.caches.l1)
-            pairs = -(-outputs // 2) * -(-inputs // packing["block"])
-            return 6 * nonzeros + 28 * pairs
+            quads = -(-outputs // 4) * -(-inputs // packing["block"])
+            return 6 * nonzeros + 32 * quads
         if candidate.kernel == "conv":
             return 6 * nonzeros + 16 * inputs
         if candidate.kernel == "gather":

@@ -22,25 +22,25 @@ from kernel_cases import (
 
 from sparsecomp.kernels import rows, tir
 from sparsecomp.kernels.epilogue import Epilogue
-from sparsecomp.kernels.rows import RowSchedule
-from sparsecomp.patterns.rows import RowWeight
+from sparsecomp.kernels.quads import QuadShape
+from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.runtime.launch import KernelSource
 
-USUAL = RowSchedule(8, 2)
+USUAL = QuadShape(8, 2, "shuffle")
 SCHEDULES = [
-    RowSchedule(4, 1),
-    RowSchedule(4, 4),
-    RowSchedule(8, 1),
-    RowSchedule(8, 4),
-    RowSchedule(16, 2),
-    RowSchedule(16, 8),
+    QuadShape(4, 1, "load"),
+    QuadShape(4, 4, "shuffle"),
+    QuadShape(8, 1, "shuffle"),
+    QuadShape(8, 3, "load"),
+    QuadShape(16, 2, "load"),
+    QuadShape(16, 4, "shuffle"),
 ]
 
 
 def run(
-    packed: RowWeight,
+    packed: QuadWeight,
     inputs: Inputs,
-    schedule: RowSchedule,
+    schedule: QuadShape,
     epilogue: Epilogue,
     *,
     splits: int = 1,
@@ -59,7 +59,7 @@ def run(
 def check(
     weight: torch.Tensor,
     tokens: int,
-    schedule: RowSchedule = USUAL,
+    schedule: QuadShape = USUAL,
     epilogue: Epilogue = SOME_EPILOGUES[1],
     *,
     chunk: int = 8,
@@ -67,7 +67,7 @@ def check(
     splits: int = 1,
     threads: int = 1,
 ) -> None:
-    packed = RowWeight.pack(weight, chunk=chunk, block=block)
+    packed = QuadWeight.pack(weight, chunk=chunk, block=block)
     inputs = Inputs.random(tokens, *weight.shape)
     given = run(packed, inputs, schedule, epilogue, splits=splits, threads=threads)
     residual = inputs.residual.numpy() if epilogue.residual else None
@@ -82,8 +82,8 @@ class TestAgainstReferenceAndDense:
         # 19 outputs: whole vectors of outputs, which are transposed, and single ones behind them.
         check(random_weight(19, 37), 21, USUAL, epilogue)
 
-    @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.lanes}x{s.vectors}")
-    def test_every_schedule(self, schedule: RowSchedule) -> None:
+    @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.lanes}x{s.vectors}-{s.spread}")
+    def test_every_schedule(self, schedule: QuadShape) -> None:
         for tokens in (schedule.tile - 1, schedule.tile, 2 * schedule.tile + 3):
             check(random_weight(41, 53), tokens, schedule, chunk=36)
             check(random_weight(41, 53), tokens, schedule, splits=2)
@@ -105,7 +105,7 @@ class TestAgainstReferenceAndDense:
     def test_blocks(self, block: int) -> None:
         check(random_weight(18, 40), 18, block=block)
 
-    @pytest.mark.parametrize("chunk", [2, 8, 14, 48])
+    @pytest.mark.parametrize("chunk", [4, 8, 12, 48])
     @pytest.mark.parametrize("splits", [1, 2, 3, 7])
     def test_splits_of_the_chunks(self, chunk: int, splits: int) -> None:
         # With more splits than chunks some items have nothing to do.
@@ -130,7 +130,7 @@ def test_nan_spreads_to_its_own_outputs_only() -> None:
     weight = random_weight(12, 24)
     weight[3, 5] = float("nan")
     inputs = Inputs.random(20, 12, 24)
-    given = run(RowWeight.pack(weight, chunk=4, block=7), inputs, USUAL, Epilogue())
+    given = run(QuadWeight.pack(weight, chunk=4, block=7), inputs, USUAL, Epilogue())
     assert torch.isnan(given[:, 3]).all()
     weight[3] = 0
     keep = torch.arange(12) != 3
@@ -143,14 +143,14 @@ def test_a_token_that_is_nan_leaves_the_others_alone() -> None:
     weight = random_weight(12, 24)
     inputs = Inputs.random(21, 12, 24)
     inputs.x[4] = float("nan")
-    given = run(RowWeight.pack(weight, chunk=4, block=7), inputs, USUAL, Epilogue())
+    given = run(QuadWeight.pack(weight, chunk=4, block=7), inputs, USUAL, Epilogue())
     keep = torch.arange(21) != 4
     assert torch.isnan(given[4, weight.count_nonzero(1) > 0]).all()
     close(given[keep], dense(weight, inputs, Epilogue())[keep])
 
 
 def test_the_reference_needs_the_residual_that_it_adds() -> None:
-    packed = RowWeight.pack(random_weight(4, 4), chunk=2, block=4)
+    packed = QuadWeight.pack(random_weight(4, 4), chunk=4, block=4)
     inputs = Inputs.random(2, 4, 4)
     with pytest.raises(ValueError, match="adds a residual, and none was given"):
         rows.reference(inputs.x.numpy(), packed, inputs.bias.numpy(), None, Epilogue("none", True))
@@ -158,7 +158,7 @@ def test_the_reference_needs_the_residual_that_it_adds() -> None:
 
 class TestGeneratedCode:
     def test_avx512_uses_whole_registers(self) -> None:
-        text = assembly(rows.build(RowSchedule(16, 4), Epilogue()), "avx512")
+        text = assembly(rows.build(QuadShape(16, 4, "shuffle"), Epilogue()), "avx512")
         assert "zmm" in text
         assert "vfmadd" in text
 
@@ -169,13 +169,13 @@ class TestGeneratedCode:
         assert "zmm" not in text
 
     def test_the_baseline_uses_nothing_newer(self) -> None:
-        text = assembly(rows.build(RowSchedule(4, 4), Epilogue("gelu")), "generic")
+        text = assembly(rows.build(QuadShape(4, 4, "load"), Epilogue("gelu")), "generic")
         assert "mulps" in text
         assert not any(word in text for word in ("ymm", "vfmadd", "roundps", "call"))
 
     def test_aarch64_fuses_multiply_and_add(self) -> None:
         target = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]}
-        code, text = tir.compile_object(rows.build(RowSchedule(4, 4), Epilogue("gelu", True)), "rows", target)
+        code, text = tir.compile_object(rows.build(QuadShape(4, 4, "load"), Epilogue("gelu", True)), "rows", target)
         assert code[:4] == b"\x7fELF"
         assert int.from_bytes(code[18:20], "little") == 183  # EM_AARCH64
         assert "fmla" in text
@@ -183,9 +183,9 @@ class TestGeneratedCode:
 
     @needs_avx512
     def test_avx512_runs(self) -> None:
-        weight, schedule = random_weight(70, 53), RowSchedule(16, 4)
+        weight, schedule = random_weight(70, 53), QuadShape(16, 4, "shuffle")
         inputs = Inputs.random(130, 70, 53)
         for epilogue in SOME_EPILOGUES:
-            packed = RowWeight.pack(weight, chunk=36, block=20)
+            packed = QuadWeight.pack(weight, chunk=36, block=20)
             given = run(packed, inputs, schedule, epilogue, target=tvm_target("avx512"))
             close(given, dense(weight, inputs, epilogue))

@@ -15,6 +15,7 @@ from kernel_cases import HERE, Array, Guarded, needs_x86, tvm_target
 
 from sparsecomp.kernels import rows, tir
 from sparsecomp.kernels.epilogue import Epilogue
+from sparsecomp.kernels.quads import QuadShape
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, function_of
 
 Body = Callable[[tir.Arguments], None]
@@ -162,7 +163,7 @@ def test_weights_without_a_type_are_never_read() -> None:
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "generic"])
 def test_an_object_depends_on_nothing(level: str, tmp_path: Path) -> None:
-    function = rows.build(rows.RowSchedule(4, 1), Epilogue("gelu_tanh", True))
+    function = rows.build(QuadShape(4, 1, "load"), Epilogue("gelu_tanh", True))
     code, text = tir.compile_object(function, "my_kernel", tvm_target(level))
     assert code[:4] == b"\x7fELF"
     assert "my_kernel:" in text

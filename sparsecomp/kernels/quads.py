@@ -1,0 +1,128 @@
+"""The inner loop over a quad: four rows of a weight against a tile that lies in scratch, column by column.
+
+Shared by the linear and the convolution kernel, which differ in how the tile comes to scratch and where sums go. What
+bounds the loop are loads, so four column numbers are one load, and so are the weights of a step where the processor has
+the shuffles to spread them; a column that two rows keep is loaded once for both. The four rows take turns, so that
+multiply-adds which follow each other do not wait for each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsecomp.kernels import tir
+from sparsecomp.patterns.quads import QUAD, QUAD_FIELDS
+
+WEIGHTS = ("float32", "uint64", "int32", "int32")  # values, words, quads, and the first quad of each block of a chunk
+
+
+@dataclass(frozen=True)
+class QuadShape:
+    """Registers of a quad: `vectors` vectors of `lanes` tokens or positions for each of its four rows.
+
+    Attributes:
+        lanes: float32 in a vector.
+        vectors: vectors for each row.
+        spread: `load` broadcasts each weight from memory; `shuffle` loads four at once, for CPUs that run short of
+            loads before they do of shuffles.
+    """
+
+    lanes: int
+    vectors: int
+    spread: str
+
+    @property
+    def tile(self) -> int:
+        """Tokens or positions of a tile."""
+        return self.lanes * self.vectors
+
+
+class Quad:
+    """The sums of one quad in registers: begin, add a block of columns, and what follows is the kernel's."""
+
+    def __init__(self, args: tir.Arguments, shape: QuadShape, number: tir.Expr, sums: tir.Expr) -> None:
+        """Read the quad `number`; its sums wait in scratch at `sums` + row * tile."""
+        self._args, self._shape = args, shape
+        fields = [tir.bind(args["w2"][number * QUAD_FIELDS + i]) for i in range(QUAD_FIELDS)]
+        self._value, self._word, self._shared, self._own, *self.rows = fields
+        self._waiting = [tir.bind(sums + row * shape.tile) for row in self.rows]
+        self._total = tir.registers(QUAD * shape.tile)
+        self._slots = [
+            (member, v * shape.lanes, member * shape.tile + v * shape.lanes)
+            for member in range(QUAD)
+            for v in range(shape.vectors)
+        ]
+
+    def begin(self, block: tir.Expr) -> None:
+        """Zeros before the first block of columns, else the sums that wait."""
+        lanes = self._shape.lanes
+        with tir.when(block == 0):
+            for _, _, slot in self._slots:
+                tir.store(self._total, slot, tir.const(0.0, lanes=lanes), lanes)
+        with tir.when(block > 0):
+            for member, at, slot in self._slots:
+                waiting = tir.load(self._args["scratch"], self._waiting[member] + at, lanes)
+                tir.store(self._total, slot, waiting, lanes)
+
+    def add(self, base: tir.Expr) -> None:
+        """Add a block of columns, whose part of the tile begins in scratch at `base` (int64)."""
+        words, shared, own = self._args["w1"], self._shared, self._own
+        with tir.loop(shared) as i:
+            word = tir.bind(words[self._word + i])
+            for half in (0, 1):
+                factors = self._factors(tir.bind(self._value + i * (2 * QUAD) + half * QUAD))
+                self._multiply((0, 1), factors, self._column(base, word, 2 * half))
+                self._multiply((2, 3), factors, self._column(base, word, 2 * half + 1))
+        value, first = tir.bind(self._value + shared * (2 * QUAD)), tir.bind(self._word + shared)
+        with tir.loop(own) as i:
+            word = tir.bind(words[first + i])
+            factors = self._factors(tir.bind(value + i * QUAD))
+            for member in range(QUAD):
+                self._multiply((member,), factors, self._column(base, word, member))
+
+    def keep(self) -> None:
+        """Put the sums back where they wait."""
+        lanes = self._shape.lanes
+        for member, at, slot in self._slots:
+            total = tir.load(self._total, slot, lanes)
+            tir.store(self._args["scratch"], self._waiting[member] + at, total, lanes)
+
+    def prefetch(self, number: tir.Expr, sums: tir.Expr) -> None:
+        """Ask for the sums of another quad, which wait in the L2 cache, while this one computes."""
+        for member in range(QUAD):
+            row = self._args["w2"][number * QUAD_FIELDS + QUAD_FIELDS - QUAD + member]
+            place = tir.bind(sums + row * self._shape.tile)
+            for v in range(self._shape.vectors):
+                tir.prefetch(self._args["scratch"], place + v * self._shape.lanes, locality=3)
+
+    def total(self, member: int, v: int) -> tir.Expr:
+        """One vector of the sums of one row."""
+        return tir.load(self._total, member * self._shape.tile + v * self._shape.lanes, self._shape.lanes)
+
+    def _column(self, base: tir.Expr, word: tir.Expr, place: int) -> tir.Expr:
+        shifted = word >> tir.const(16 * place, "uint64") if place else word
+        low = shifted & tir.const(0xFFFF, "uint64") if place < QUAD - 1 else shifted
+        return tir.bind(base + tir.cast("int64", low) * tir.const(self._shape.tile, "int64"))
+
+    def _multiply(self, members: tuple[int, ...], factors: list[tir.Expr], at: tir.Expr) -> None:
+        lanes, tile = self._shape.lanes, self._shape.tile
+        for v in range(self._shape.vectors):
+            activation = tir.load(self._args["scratch"], at + tir.const(v * lanes, "int64"), lanes)
+            activation = tir.bind(activation) if len(members) > 1 else activation
+            for member in members:
+                slot = member * tile + v * lanes
+                total = tir.load(self._total, slot, lanes) + factors[member] * activation
+                tir.store(self._total, slot, total, lanes)
+
+    def _factors(self, at: tir.Expr) -> list[tir.Expr]:
+        """Four weights, each in every lane."""
+        lanes, values = self._shape.lanes, self._args["w0"]
+        if self._shape.spread == "load":
+            return [tir.bind(tir.splat(values[at + member], lanes)) for member in range(QUAD)]
+        four = tir.load(values, at, QUAD)
+        # The fence keeps LLVM from making four loads of it again.
+        repeated = tir.fence(tir.repeat(four, QUAD, lanes // QUAD), lanes)
+        return [
+            tir.bind(tir.shuffle(repeated, repeated, [i - i % QUAD + member for i in range(lanes)]))
+            for member in range(QUAD)
+        ]
