@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsecomp.targets.x86 import cpu, target
+from sparsecomp.targets.x86 import cpu, schedules, target
 
 AVX2 = "avx2 fma f16c bmi1 bmi2 movbe"
 AVX512 = AVX2 + " avx512f avx512bw avx512dq avx512vl avx512cd"
