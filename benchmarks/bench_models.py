@@ -1,6 +1,6 @@
 """Whole models: `backend="sparse"` over `backend="inductor"`, two threads over one, and the time to compile.
 
-`python benchmarks/bench_models.py [--quick] [--only bert,minilm,threads,compile]`; `make bench` runs it.
+`python benchmarks/bench_models.py [--quick] [--only bert,minilm,dense,threads,compile]`; `make bench` runs it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import models  # noqa: E402 -- lies with the tests, which use it more
 
-PARTS = ("bert", "minilm", "threads", "compile")
+PARTS = ("bert", "minilm", "dense", "threads", "compile")
 BERT_GOALS = {"dense": 0.97, "unstructured@0.5": 1.7, "unstructured@0.8": 3.3, "unstructured@0.9": 5.0, "32:2:4": 2.0}
 MINILM_GOALS = {"dense": 0.97, "unstructured@0.5": None, "unstructured@0.8": None, "unstructured@0.9": None}
 TOLERANCE = 1e-4
@@ -82,6 +82,33 @@ def compare(
         }
         speedup = timings.speedup(pattern, over="inductor")
         results.add(Row(f"{name}, {pattern}, {ids.shape[1]} tokens", speedup, "x Inductor", goal, details=details))
+
+
+def dense_models(rounds: int, results: Results) -> None:
+    """The other models of the tests as they are: nothing is pruned, so that the most that can be lost is seen."""
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    cases: list[tuple[str, Callable[[], nn.Module], Tensor]] = [
+        ("SmolLM2-135M, 128 tokens", lambda: models.smollm2()[0], models.token_ids(1, 128)),
+        ("EfficientNet-Lite0", models.efficientnet_lite0, image),
+        ("OpenNSFW", lambda: models.OpenNsfw(models.open_nsfw_path()).eval(), image.permute(0, 2, 3, 1).contiguous()),
+        ("ResNet-50", models.resnet50, image),
+    ]
+    for name, build, given in cases:
+        with torch.inference_mode(False):
+            model = build()
+        calls = {backend: compiled(model, backend) for backend in ("inductor", "sparse")}
+        for call in calls.values():
+            call(given)
+        timings = interleave({key: (lambda call=call, x=given: call(x)) for key, call in calls.items()}, rounds=rounds)
+        zeros = sum(int((p == 0).sum()) for p in model.parameters()) / sum(p.numel() for p in model.parameters())
+        details = {
+            "ms": timings.median("sparse") / 1e3,
+            "inductor ms": timings.median("inductor") / 1e3,
+            "spread": timings.spread("sparse"),
+            "zeros": zeros,
+        }
+        speedup = timings.speedup("sparse", over="inductor")
+        results.add(Row(f"{name}, dense", speedup, "x Inductor", 0.97, details=details))
 
 
 def two_threads(model: nn.Module, ids: Tensor, rounds: int, results: Results) -> None:
@@ -184,6 +211,8 @@ def main() -> None:
             compare("BERT-base, 6 layers", bert, BERT_GOALS, ids, rounds, results)
         if "minilm" in parts:
             compare("MiniLM", minilm, MINILM_GOALS, ids, rounds, results)
+        if "dense" in parts:
+            dense_models(rounds, results)
         if "threads" in parts:
             two_threads(bert, ids, rounds, results)
         if "compile" in parts:
