@@ -158,6 +158,36 @@ def test_external_data(model_file: Path, tmp_path: Path, monkeypatch: pytest.Mon
     cases.check_everywhere(onnx.load(model_file), output, {"x": X}, tolerance=1e-4)
 
 
+def test_constants_beyond_two_gigabytes_are_read_where_they_lie(tmp_path: Path) -> None:
+    # A table of 2.4 GB that takes no room on the disk, and a weight behind it in the same file.
+    rows, width = 1_600_000, 384
+    with (tmp_path / "model.data").open("wb") as file:
+        file.truncate(4 * rows * width)
+        file.seek(4 * rows * width)
+        file.write(W.tobytes())
+    nodes = [
+        helper.make_node("Gather", ["table", "i"], ["x"]),
+        helper.make_node("MatMul", ["x", "layer.weight"], ["y"]),
+    ]
+    model = cases.model_of(
+        nodes, {"i": ["n"]}, {"layer.weight": W, "table": np.zeros((1, width), np.float32)}, outputs={"y": 2}
+    )
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT64
+    for tensor, dims, offset in zip(
+        model.graph.initializer, ([width, width], [rows, width]), (4 * rows * width, 0), strict=True
+    ):
+        tensor.ClearField("raw_data")
+        tensor.dims[:] = dims
+        tensor.data_location = TensorProto.EXTERNAL
+        size = 4 * dims[0] * dims[1]
+        for key, value in (("location", "model.data"), ("offset", str(offset)), ("length", str(size))):
+            tensor.external_data.add(key=key, value=value)
+    onnx.save(model, tmp_path / "model.onnx")
+    (choice,) = sparsecomp.onnx.inspect(tmp_path / "model.onnx")
+    assert choice.density == pytest.approx(np.count_nonzero(W) / W.size)
+    assert choice.tokens == 1
+
+
 @pytest.mark.parametrize("location", ["../secret.data", "/etc/hostname", "missing.data"])
 def test_external_data_stays_in_the_folder_of_the_model(location: str, tmp_path: Path) -> None:
     (tmp_path / "secret.data").write_bytes(W.tobytes())
