@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sparsecomp.pruning import reestimate_batchnorm as reestimate_batchnorm
     from sparsecomp.pruning import sparsify_ as sparsify_
     from sparsecomp.report import Report as Report
+    from sparsecomp.skipping import SkipPlan as SkipPlan
+    from sparsecomp.skipping import calibrate_skips as calibrate_skips
 
 __all__ = [
     "Options",
@@ -29,7 +31,9 @@ __all__ = [
     "Plan",
     "Reconstruction",
     "Report",
+    "SkipPlan",
     "__version__",
+    "calibrate_skips",
     "explain",
     "freeze_masks",
     "load_checkpoint",
@@ -45,6 +49,8 @@ _HOMES = {
     "Plan": "sparsecomp.planner",
     "Reconstruction": "sparsecomp.pruning",
     "Report": "sparsecomp.report",
+    "SkipPlan": "sparsecomp.skipping",
+    "calibrate_skips": "sparsecomp.skipping",
     # Not in a module of its own name: importing that would put the module where the function belongs.
     "explain": "sparsecomp.dryrun",
     "freeze_masks": "sparsecomp.pruning",

@@ -5,10 +5,12 @@ torch and the targets are imported inside the commands, so that help is there at
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from sparsecomp.cli.generate import generate
 from sparsecomp.cli.machine import calibrate, info
 from sparsecomp.cli.onnx import bench, inspect, optimize
 from sparsecomp.cli.pruning import plan, prune
@@ -37,5 +39,20 @@ def main(
     """Sparse neural networks, faster on the hardware that people have."""
 
 
-for command in (info, calibrate, explain, plan, prune, inspect, optimize, bench):
+for command in (info, calibrate, explain, plan, prune, inspect, optimize):
     app.command()(command)
+
+
+class _Benchmarks(TyperGroup):
+    """`bench MODEL` is about an ONNX model, if it does not begin with the name of another benchmark."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["onnx", *args]
+        return super().parse_args(ctx, args)
+
+
+benchmarks = typer.Typer(cls=_Benchmarks, no_args_is_help=True, help="Time an ONNX model, or a language model writing.")
+benchmarks.command("onnx")(bench)
+benchmarks.command()(generate)
+app.add_typer(benchmarks, name="bench")

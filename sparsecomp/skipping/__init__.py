@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sparsecomp.skipping.calibrate import calibrate_skips
+from sparsecomp.skipping.emulate import SkipRates, emulate
 from sparsecomp.skipping.forms import SkipChoice, SkipForm, SkipPlan
 
-__all__ = ["SkipChoice", "SkipForm", "SkipPlan"]
+__all__ = ["SkipChoice", "SkipForm", "SkipPlan", "SkipRates", "calibrate_skips", "emulate"]

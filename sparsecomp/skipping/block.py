@@ -1,0 +1,112 @@
+"""Which FFN blocks may be skipped as a whole, by how little they turn the stream; FFN-SkipLLM.
+
+Jaiswal et al. 2024, arXiv:2404.03865: the cosine between the stream before and after an FFN block grows with depth up
+to the last blocks; once it exceeds a threshold, the next blocks of this token are skipped (Algorithm 1). The first
+blocks (cold start) and the last ones are always computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecomp.pruning.calibration import Call
+from sparsecomp.skipping.emulate import StreamOf
+from sparsecomp.skipping.forms import SkipChoice, SkipForm, SkipPlan
+from sparsecomp.skipping.sites import FFN
+
+LAST = 2
+"""Blocks at the end that are always computed."""
+
+
+def calibrate_block(model: nn.Module, calls: Sequence[Call], form: SkipForm, ffns: Sequence[FFN]) -> SkipPlan:
+    """The blocks that take part in `block:T`; run it inside `calibrating(model)`.
+
+    Excluded are the blocks before the first whose mean cosine exceeds the threshold, and the last ones.
+
+    Raises:
+        ValueError: no block is left.
+    """
+    threshold = form.parameter or 0.0
+    cosines = block_cosines(model, calls, ffns)
+    means = cosines.mean(dim=0).tolist()
+    first = next((number for number, mean in enumerate(means) if mean > threshold), len(ffns))
+    chosen = range(first, len(ffns) - LAST)
+    if len(chosen) < 2:
+        raise ValueError(
+            f"{form}: no two FFN blocks between the cold start and the last {LAST} turn the stream that little; mean "
+            f"cosines are up to {max(means):.4f}"
+        )
+    skipped = simulate(cosines[:, chosen.start : chosen.stop], threshold)
+    return SkipPlan.of(
+        SkipChoice(ffns[number].name, form, threshold, expected=float(share))
+        for number, share in zip(chosen, skipped, strict=True)
+    )
+
+
+def block_cosines(model: nn.Module, calls: Sequence[Call], ffns: Sequence[FFN]) -> Tensor:
+    """The cosine between the stream before and after every block, float32 `[tokens, blocks]`.
+
+    Raises:
+        ValueError: a block did not run once in every call.
+    """
+    found: list[list[Tensor]] = [[] for _ in ffns]
+    stream = StreamOf(model)
+    given: dict[int, Tensor] = {}
+
+    def enter(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            given[number] = stream.before(args[0])
+
+        return hook
+
+    def leave(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            before = given.pop(number).float()
+            found[number].append(torch.cosine_similarity(before, before + output.float(), dim=-1).flatten())
+
+        return hook
+
+    with ExitStack() as stack:
+        stream.install(stack)
+        for number, ffn in enumerate(ffns):
+            stack.callback(ffn.first.register_forward_pre_hook(enter(number)).remove)
+            stack.callback(ffn.down.register_forward_hook(leave(number)).remove)
+        for call in calls:
+            call.run(model)
+    rows = [torch.cat(cosines) if cosines else torch.empty(0) for cosines in found]
+    if len({len(row) for row in rows}) != 1 or not len(rows[0]):
+        raise ValueError("the FFN blocks did not all run once in every calibration batch: leave some out by filter_fn")
+    return torch.stack(rows, dim=1)
+
+
+def simulate(cosines: Tensor, threshold: float, span: int = 1) -> Tensor:
+    """The share of tokens that each block would be skipped for, float `[blocks]`, by cosines of the dense model."""
+    left = torch.zeros(len(cosines), dtype=torch.int64)
+    shares = []
+    for column in cosines.unbind(dim=1):
+        skip = left > 0
+        shares.append(skip.float().mean())
+        left = torch.where(skip, left - 1, torch.where(column > threshold, span, 0))
+    return torch.stack(shares)
+
+
+def threshold_for(cosines: Tensor, share: float) -> float:
+    """The threshold at which `simulate` skips a share of all the blocks' calls, by bisection between the cosines.
+
+    Raises:
+        ValueError: no threshold skips that much.
+    """
+    if float(simulate(cosines, -1.0).mean()) < share:
+        raise ValueError(
+            f"at most {float(simulate(cosines, -1.0).mean()):.2f} of the FFN calls can be skipped, given {share:g}"
+        )
+    low, high = -1.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(simulate(cosines, middle).mean()) >= share else (low, middle)
+    return low

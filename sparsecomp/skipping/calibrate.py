@@ -1,0 +1,153 @@
+"""`calibrate_skips`: thresholds for a rate of skipping, on text like that of the task, and the rate of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from sparsecomp.log import log
+from sparsecomp.planner.knapsack import Item, solve
+from sparsecomp.planner.quality import FLOOR, Quality, mean_loss
+from sparsecomp.pruning.calibration import Call, as_calls, calibrating
+from sparsecomp.pruning.sites import FilterFn
+from sparsecomp.skipping.block import calibrate_block
+from sparsecomp.skipping.emulate import emulate
+from sparsecomp.skipping.forms import SkipChoice, SkipForm, SkipPlan
+from sparsecomp.skipping.lowrank import with_low_rank
+from sparsecomp.skipping.samples import sample_hidden, sample_inputs
+from sparsecomp.skipping.scores import RATES, Scores, ffn_scores, input_scores
+from sparsecomp.skipping.sites import FFN, find_ffns, find_input_groups
+
+PROBE_CALLS = 1
+"""The loss of one site is measured on so many calibration batches, the last ones: small batches are quicker."""
+
+
+def calibrate_skips(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    form: str | SkipForm,
+    *,
+    filter_fn: FilterFn | None = None,
+    layerwise: bool = True,
+    quality: Quality | None = None,
+    progress: bool | None = None,
+) -> SkipPlan:
+    """Find what every FFN block, or every linear, may skip.
+
+    The rate of a form is that of the model: how much a single layer skips depends on what it costs there. The loss of
+    the model is measured with one layer skipping at a time, carried over to other rates by the share of its output that
+    would be lost, and the rates are the knapsack of least loss (the greedy search of TEAL, Liu et al. 2024,
+    arXiv:2408.14690, Algorithm 1, does so within one block). See docs/skipping.md.
+
+    Args:
+        model: a module of Hugging Face or of `torch.nn`; it is not changed.
+        calibration: batches of model inputs, as for `sparsify_`.
+        form: `relu`; `threshold:P` or `input:P` with the share P that is to be skipped on average; `rsparse:P`, which
+            is `input:P` with what is skipped approximated where that loses less; or `block:T`.
+        filter_fn: `(module, qualified_name) -> bool`, asked for FFN blocks or linears; None means all FFN blocks, and
+            the linears of the repeated blocks of the model.
+        layerwise: whether rates may differ between layers; else every layer skips P, and only samples are taken.
+        quality: `(dense_output, output) -> loss` of one batch, as for `sparsecomp.plan`.
+        progress: whether to show a progress bar; None: on a terminal.
+
+    Returns:
+        The plan, for `emulate` and for the option `skip` of the backend.
+
+    Raises:
+        ValueError: the form is none, the model has no site for it, a site did not run or has NaN in its activations, or
+            the outputs cannot be compared.
+    """
+    wanted = SkipForm.parse(form)
+    calls = as_calls(calibration)
+    model = getattr(model, "_orig_mod", model)  # below torch.compile
+    console = Console(stderr=True)
+    hide = not (console.is_terminal if progress is None else progress)
+    with calibrating(model):
+        if wanted.kind in ("relu", "block"):
+            ffns = _ffns(model, filter_fn)
+            if wanted.kind == "relu":
+                return SkipPlan.of(SkipChoice(ffn.name, wanted) for ffn in ffns)
+            return calibrate_block(model, calls, wanted, ffns)
+        rate = wanted.parameter or 0.0
+        sites = skip_scores(model, calls, wanted, filter_fn)
+        rates = [rate] * len(sites)
+        if layerwise and len(sites) > 1 and rate:
+            with Progress(console=console, disable=hide) as bar:
+                task = bar.add_task("measuring skips", total=len(sites))
+                losses = skip_losses(model, calls, sites, rate, quality, lambda: bar.advance(task))
+            rates = _allocate(sites, losses, rate)
+    pairs = list(zip(sites, rates, strict=True))
+    if wanted.kind == "rsparse":
+        return SkipPlan.of(choice for site, rate in pairs for choice in with_low_rank(site, rate))
+    return SkipPlan.of(choice for site, rate in pairs for choice in site.choices(rate))
+
+
+def skip_scores(
+    model: nn.Module, calls: Sequence[Call], form: SkipForm, filter_fn: FilterFn | None = None
+) -> list[Scores]:
+    """Sample the sites of a form; run it inside `calibrating(model)`.
+
+    Raises:
+        ValueError: there is none, or one did not run or gave NaN or infinity.
+    """
+    rate = form.parameter or 0.0
+    if form.kind == "threshold":
+        ffns = _ffns(model, filter_fn)
+        return [ffn_scores(f, s, rate) for f, s in zip(ffns, sample_hidden(model, calls, ffns), strict=True)]
+    groups = find_input_groups(model, calls[0], filter_fn)
+    return [input_scores(g, s, rate) for g, s in zip(groups, sample_inputs(model, calls, groups), strict=True)]
+
+
+def _ffns(model: nn.Module, filter_fn: FilterFn | None) -> list[FFN]:
+    found = find_ffns(model, filter_fn)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no FFN block that is known by the names of its parts (such as gate_proj, "
+            "up_proj and down_proj, or fc1 and fc2), or filter_fn rejected all: use the form 'input:P' for its linears"
+        )
+    return found
+
+
+def skip_losses(
+    model: nn.Module,
+    calls: Sequence[Call],
+    sites: Sequence[Scores],
+    rate: float,
+    quality: Quality | None,
+    done: Callable[[], None],
+) -> list[list[float]]:
+    """The loss of the model for every site and each of `RATES`, with this site alone skipping.
+
+    Measured at one rate, that given or the next at which something is lost at all; the others lose in proportion to the
+    lost share of the output, as in `planner.sensitivity`. Run it inside `calibrating(model)`.
+    """
+    probes = calls[-PROBE_CALLS:]
+    dense = [call.run(model) for call in probes]
+    found = []
+    for site in sites:
+        errors = site.errors()
+        at = next((n for n, r in enumerate(RATES) if r >= rate and errors[n] > 0), len(RATES) - 1)
+        with emulate(model, SkipPlan.of(site.choices(RATES[at]))):
+            loss = max(FLOOR, mean_loss(model, probes, dense, quality))
+        found.append([loss * error / max(errors[at], FLOOR) for error in errors])
+        done()
+    return found
+
+
+def _allocate(sites: Sequence[Scores], losses: Sequence[Sequence[float]], rate: float) -> list[float]:
+    """Rates of the least summed loss at which the weights that are not read are the share `rate` of all."""
+    items = [
+        [Item(loss, (1 - r) * site.weights) for r, loss in zip(RATES, row, strict=True)]
+        for site, row in zip(sites, losses, strict=True)
+    ]
+    total = sum(site.weights for site in sites)
+    picked = solve(items, (1 - rate) * total)
+    if picked is None:
+        return [rate] * len(sites)  # more than the highest of RATES
+    rates = [RATES[at] for at in picked]
+    log.info("skipping: %s", ", ".join(f"{s.names[0]} {r:.2f}" for s, r in zip(sites, rates, strict=True)))
+    return rates
