@@ -14,6 +14,9 @@ from sparsecomp.window import Maps, Window, convolve
 
 ConvChooser = Callable[[WeightFacts, Maps], Candidate]
 
+# Shapes that are remembered; a stream of ever new sizes must not grow without bound.
+_MAX_SHAPES = 1024
+
 _sites: weakref.WeakValueDictionary[int, RuntimeConv] = weakref.WeakValueDictionary()
 
 
@@ -35,6 +38,8 @@ class RuntimeConv(WeightSite[Maps, ConvKernel]):
         """
         super().__init__(name, weight, False, target)
         self._window, self._chooser, self._epilogue = window, chooser, epilogue
+        self._outputs = weight.shape[0]
+        self._shapes: dict[torch.Size, tuple[Maps, tuple[int, ...]]] = {}
         _sites[self.handle] = self
 
     def _candidate(self, facts: WeightFacts, call: Maps) -> Candidate:
@@ -61,14 +66,11 @@ class RuntimeConv(WeightSite[Maps, ConvKernel]):
             The output, contiguous, of x's type.
         """
         packed = self._here.packed
-        maps = Maps(x.shape[0], x.shape[2] if x.dim() == 4 else 1, x.shape[-1])
-        positions = maps.positions(self._window)
-        kernel = self._kernel(packed, maps, residual is not None) if positions else None
+        maps, sizes = self._shapes.get(x.shape) or self._of_shape(x.shape)
+        kernel = self._kernel(packed, maps, residual is not None) if sizes else None
         if kernel is None:
             return self._dense(packed.values, x, terms, residual)
-        rows, columns = self._window.output(maps.height, maps.width)
-        sizes = (rows, columns) if x.dim() == 4 else (columns,)
-        out = torch.empty(maps.images, packed.facts.out_features, *sizes)
+        out = torch.empty(sizes)
         # Most calls need no conversion, and each that is not made saves a microsecond.
         given = x if x.dtype == torch.float32 else x.float()
         if residual is not None:
@@ -77,6 +79,16 @@ class RuntimeConv(WeightSite[Maps, ConvKernel]):
             given = given.unsqueeze(2)
         kernel.run(given.contiguous(), terms, residual, self._epilogue, out)
         return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+    def _of_shape(self, shape: torch.Size) -> tuple[Maps, tuple[int, ...]]:
+        """For inputs of a shape the maps, and the output's shape, empty if it has no positions; remembered."""
+        maps = Maps(shape[0], shape[2] if len(shape) == 4 else 1, shape[-1])
+        rows, columns = self._window.output(maps.height, maps.width)
+        sizes = (maps.images, self._outputs, *((rows, columns) if len(shape) == 4 else (columns,)))
+        if len(self._shapes) >= _MAX_SHAPES:
+            self._shapes.clear()
+        found = self._shapes[shape] = (maps, sizes if maps.positions(self._window) else ())
+        return found
 
     def _dense(self, weight: Tensor, x: Tensor, terms: Tensor | None, residual: Tensor | None) -> Tensor:
         value = convolve(x, weight, self._window)
