@@ -21,6 +21,7 @@ from sparsecomp.planner import SiteChoice, choose, decline, measure
 from sparsecomp.planner.choose import offered_candidates
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.failures import failures_of
+from sparsecomp.skip_planning import PlannedSkip, plan_skips
 from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, Problem, Target, WeightFacts
 from sparsecomp.window import Maps
 
@@ -145,12 +146,14 @@ class Analysis:
         sites: the decisions, in graph order.
         reasons: why the whole graph stays dense, if it does.
         expansions: PyTorch's composites that were taken apart; `settle` has to decide them before the graph is used.
+        skips: what skips at run time; the linears of these are not rewritten by themselves.
     """
 
     graph: SparseGraph
     sites: list[PlannedSite] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     expansions: list[Expansion] = field(default_factory=list)
+    skips: list[PlannedSkip] = field(default_factory=list)
 
     @property
     def choices(self) -> list[SiteChoice]:
@@ -187,6 +190,7 @@ def analyse(
     with _disable_current_modes(), torch.no_grad():
         for site in graph.sites:
             analysis.sites.append(_plan_site(site, options, target, autocast, tuner))
+        analysis.skips = plan_skips(graph, analysis.sites, options, target, torch.get_num_threads())
     _leave_lone_depthwise(analysis)
     return analysis
 

@@ -21,6 +21,7 @@ from torch._dynamo.exc import RestartAnalysis, ShortenTraceback, SkipFrame, Tens
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsecomp.analysis import Analysis, PlannedSite, SiteChooser, StaysDense, analyse, gradient_reason
+from sparsecomp.blocks import FfnSite
 from sparsecomp.frontends.fx import Replacement, apply
 from sparsecomp.frontends.fx_expand import settle
 from sparsecomp.frontends.fx_guards import guard_weight
@@ -28,13 +29,17 @@ from sparsecomp.ir import LinearSite, Site
 from sparsecomp.log import CODE, GRAPHS, PLAN, DebugFolder, log
 from sparsecomp.options import Options
 from sparsecomp.planner import Plan, SiteChoice
+from sparsecomp.runtime.block_site import RuntimeBlock
 from sparsecomp.runtime.conv_site import RuntimeConv
+from sparsecomp.runtime.ffn_site import RuntimeSkip
 from sparsecomp.runtime.site import RuntimeSite
+from sparsecomp.skip_runtime import runtime_skip
 from sparsecomp.targets.base import DENSE, ConvEpilogue, Target
 from sparsecomp.verify import difference
 
 Compiled = Callable[..., Any]
-Runtime = RuntimeSite | RuntimeConv
+Runtime = RuntimeSite | RuntimeConv | RuntimeSkip | RuntimeBlock
+Rewritten = tuple[Site | FfnSite, Runtime]
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """`verify`: the largest difference from dense, relative to the largest value of the dense output."""
@@ -149,18 +154,26 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     return compiled
 
 
-def _with_fresh_weights(compiled: Compiled, sites: list[tuple[Site, Runtime]]) -> Compiled:
+def _with_fresh_weights(compiled: Compiled, sites: list[Rewritten]) -> Compiled:
     """Let every site look at its weight before each call: it may have changed, or be another module's."""
     if not sites:
         return compiled
-    inputs = tuple((site.weight_index, runtime.refresh) for site, runtime in sites if site.weight_index >= 0)
-    held = tuple((site.weight, runtime.refresh) for site, runtime in sites if site.weight_index < 0)
+    single = [(site, runtime.refresh) for site, runtime in sites if not isinstance(site, FfnSite)]
+    inputs = tuple((site.weight_index, refresh) for site, refresh in single if site.weight_index >= 0)
+    held = tuple((site.weight, refresh) for site, refresh in single if site.weight_index < 0)
+    blocks = tuple(
+        ([(linear.weight_index, linear.weight) for linear in site.linears], runtime.refresh)
+        for site, runtime in sites
+        if isinstance(site, FfnSite)
+    )
 
     def call(*args: Any) -> Any:
         for index, refresh in inputs:
             refresh(args[index])
         for weight, refresh in held:
             refresh(weight)
+        for sources, refresh in blocks:
+            refresh(*[args[index] if index >= 0 else weight for index, weight in sources])
         return compiled(*args)
 
     # The op finds its sites in a weak table: they live as long as the code that calls them.
@@ -176,7 +189,7 @@ class _Rewrite:
     """
 
     def __init__(self, gm: fx.GraphModule, compilation: Compilation, debug: DebugFolder) -> None:
-        self.sites: list[tuple[Site, Runtime]] = []
+        self.sites: list[Rewritten] = []
         self._gm, self._compilation, self._debug = gm, compilation, debug
         self._original: fx.Graph | None = None
 
@@ -189,31 +202,39 @@ class _Rewrite:
         compilation = self._compilation
         compilation.reasons += analysis.reasons
         compilation.plan.add(analysis.choices)
-        sites = []
+        sites: list[Rewritten] = []
+        skipping = {id(planned.site) for skip in analysis.skips for planned in skip.linears}
+        for skip in analysis.skips:
+            ready, reason = runtime_skip(skip, target, options.verify)
+            if ready is not None:
+                sites.append((skip.site, ready))
+            else:
+                compilation.plan.add(_left_dense(planned.choice, reason) for planned in skip.linears)
         for planned in analysis.sites:
+            if id(planned.site) in skipping:
+                continue
             if planned.chooser is not None and not planned.choice.chosen.is_dense:
-                runtime, reason = _runtime_site(planned, options, target)
-                if runtime is not None:
-                    sites.append((planned.site, runtime))
+                packed, reason = _runtime_site(planned, options, target)
+                if packed is not None:
+                    sites.append((planned.site, packed))
                 else:
-                    compilation.plan.add(
-                        [replace(planned.choice, chosen=DENSE, reason=f"dense: {reason}", declined=True)]
-                    )
-        self._guard_dense(analysis, {site.name for site, _ in sites})
-        kept = {site.composite for site, _ in sites if site.composite}
-        settle(self._gm, analysis.expansions, kept, [site for site, _ in sites])
+                    compilation.plan.add([_left_dense(planned.choice, reason)])
+        linears = [linear for site, _ in sites for linear in _parts(site)]
+        self._guard_dense(analysis, {site.name for site in linears})
+        settle(self._gm, analysis.expansions, {site.composite for site in linears if site.composite}, linears)
         if not sites:
             return
         if self._debug.wants(GRAPHS):
             self._debug.write(GRAPHS, "fx_before.py", self._gm.print_readable(print_output=False))
-        apply(self._gm, [Replacement(site, runtime.handle) for site, runtime in sites])
+        skips = RuntimeSkip | RuntimeBlock
+        apply(self._gm, [Replacement(site, runtime.handle, isinstance(runtime, skips)) for site, runtime in sites])
         self.sites = sites
         if self._debug.wants(GRAPHS):
             self._debug.write(GRAPHS, "fx_after.py", self._gm.print_readable(print_output=False))
         for site, runtime in sites:
             compilation.rewritten.append(site.name)
             compilation.packed_bytes += runtime.nbytes
-            compilation.dense_bytes += site.weight.numel() * site.weight.element_size()
+            compilation.dense_bytes += sum(part.weight.numel() * part.weight.element_size() for part in _parts(site))
             if self._debug.wants(CODE):
                 self._debug.write(CODE, f"code_{site.name}.txt", runtime.source)
 
@@ -229,16 +250,21 @@ class _Rewrite:
         """Put the graph back and make every choice dense."""
         compilation = self._compilation
         compilation.reasons.append(reason)
-        compilation.plan.add(
-            replace(choice, chosen=DENSE, reason=f"dense: {reason}", declined=True)
-            for choice in compilation.plan
-            if not choice.chosen.is_dense
-        )
+        compilation.plan.add(_left_dense(choice, reason) for choice in compilation.plan if not choice.chosen.is_dense)
         compilation.rewritten, compilation.packed_bytes, compilation.dense_bytes = [], 0, 0
         self.sites = []
         if self._original is not None:
             self._gm.graph = self._original
             self._gm.recompile()
+
+
+def _parts(site: Site | FfnSite) -> tuple[Site, ...]:
+    """The sites that hold the weights of what is rewritten."""
+    return site.linears if isinstance(site, FfnSite) else (site,)
+
+
+def _left_dense(choice: SiteChoice, reason: str) -> SiteChoice:
+    return replace(choice, chosen=DENSE, reason=f"dense: {reason}", declined=True)
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
@@ -255,7 +281,9 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def _runtime_site(planned: PlannedSite, options: Options, target: Target) -> tuple[Runtime | None, str]:
+def _runtime_site(
+    planned: PlannedSite, options: Options, target: Target
+) -> tuple[RuntimeSite | RuntimeConv | None, str]:
     """Pack the weight of a site; None and the reason if that fails or if `verify` finds a difference."""
     site, choice = planned.site, planned.choice
     if planned.chooser is None:
@@ -277,7 +305,7 @@ def _runtime_site(planned: PlannedSite, options: Options, target: Target) -> tup
     return runtime, choice.reason
 
 
-def _prepared(site: Site, chooser: SiteChooser, target: Target) -> Runtime:
+def _prepared(site: Site, chooser: SiteChooser, target: Target) -> RuntimeSite | RuntimeConv:
     residual = site.residual is not None
     if isinstance(site, LinearSite):
         linear = RuntimeSite(site.name, site.weight, site.transposed, target, chooser, site.activation)

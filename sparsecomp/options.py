@@ -12,6 +12,7 @@ from typing import Any
 
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.plan import Plan
+from sparsecomp.skipping.forms import SkipPlan
 from sparsecomp.targets import TARGET_NAMES, get_target
 from sparsecomp.targets.base import Target
 
@@ -35,6 +36,8 @@ class Options:
         exclude: regular expressions; a site whose module name one of them matches anywhere stays dense.
         autotune: measure the candidates and dense on the real shapes while compiling and keep the fastest.
         verify: compare every rewritten site with dense while compiling.
+        skip: what FFN blocks and linears skip at run time; a path in the options dict is loaded. Exact zeros behind a
+            ReLU are skipped without it, where that is predicted to pay.
     """
 
     target: str | Target | None = None
@@ -43,6 +46,7 @@ class Options:
     exclude: tuple[re.Pattern[str], ...] = ()
     autotune: bool = False
     verify: bool = False
+    skip: SkipPlan | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | Options | None = None, mode: str | None = None) -> Options:
@@ -103,6 +107,14 @@ def _plan(value: Any) -> Plan | None:
     if isinstance(value, (str, os.PathLike)):
         return Plan.load(value)
     raise ValueError(f"option plan: expected a sparsecomp.Plan or the path of one, given {_given(value)}")
+
+
+def _skip(value: Any) -> SkipPlan | None:
+    if value is None or isinstance(value, SkipPlan):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return SkipPlan.load(value)
+    raise ValueError(f"option skip: expected a sparsecomp.skipping.SkipPlan or the path of one, given {_given(value)}")
 
 
 def _patterns(value: Any) -> tuple[str, ...] | None:
@@ -169,6 +181,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "exclude": _exclude,
     "autotune": _flag("autotune"),
     "verify": _flag("verify"),
+    "skip": _skip,
 }
 
 

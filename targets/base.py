@@ -203,10 +203,12 @@ class Target(ABC):
     Attributes:
         name: as `get_target` takes it.
         description: one line for people.
+        skips: whether it has kernels that skip at run time.
     """
 
     name: str
     description: str
+    skips = False
 
     @abstractmethod
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
@@ -250,6 +252,10 @@ class Target(ABC):
             matrix: `[units, width]`, a row for each unit; what is contiguous float32 may be used as it is.
         """
         return None
+
+    def predict_skip(self, facts: WeightFacts, kept: float, tokens: int, threads: int) -> float:
+        """Predicted microseconds of one call of a linear of which a share of the units or inputs is read."""
+        return float("inf")
 
     def prepare_skip(self, spec: SkipSpec, rows: Sequence[SkipRows]) -> SkipKernel:
         """Make an operation that skips, from what `skip_rows` gave.

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from sparsecomp.blocks import FfnSite
 from sparsecomp.frontends.fx_ops import classify, is_transform, mutated, tensor_value
 from sparsecomp.ir import ConvSite, LinearSite, Norm, Operation, Site, Size, SparseGraph
 
@@ -29,10 +30,11 @@ UNKNOWN_SIZE = 64
 
 @dataclass(frozen=True)
 class Replacement:
-    """A site to be run by the sparse op, and the handle under which its weight is registered."""
+    """A site or block to be run by an op, the handle under which it is registered, and whether it skips at run time."""
 
-    site: Site
+    site: Site | FfnSite
     handle: int
+    skips: bool = False
 
 
 def build(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> SparseGraph:
@@ -87,7 +89,8 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
         gm: The graph that the sites were found in, or a copy with the same node names.
         replacements: What to replace. At the place of its anchor each becomes a call of
             `torch.ops.sparsecomp.linear.default(x, bias, residual, handle, out_features, activation)`, or of
-            `torch.ops.sparsecomp.conv.default(x, terms, residual, handle, ...)` behind what computes the terms.
+            `torch.ops.sparsecomp.conv.default(x, terms, residual, handle, ...)` behind what computes the terms; what
+            skips becomes a call of `skip_linear` or `skip_ffn`.
 
     Raises:
         ValueError: A site is declined, given twice, or its operations are not in the graph.
@@ -98,9 +101,7 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
         site = replacement.site
         if site.declined is not None:
             raise ValueError(f"site {site.name} cannot be replaced, it was declined: {site.declined}")
-        wanted = [*site.operations, site.x, *(name for name in (site.bias, site.residual) if name is not None)]
-        wanted += site.norm.values if isinstance(site, ConvSite) and site.norm is not None else ()
-        missing = [name for name in wanted if name not in nodes]
+        missing = [name for name in (*site.operations, *_operands(site)) if name not in nodes]
         if missing:
             raise ValueError(f"site {site.name} needs {', '.join(missing)}, which this graph does not have")
         again = replaced.intersection(site.operations)
@@ -115,11 +116,23 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
     gm.recompile()
 
 
+def _operands(site: Site | FfnSite) -> list[str]:
+    """The names of what a site reads beside its weights."""
+    biases = [linear.bias for linear in site.linears] if isinstance(site, FfnSite) else [site.bias]
+    names = [site.x, *biases, site.residual]
+    names += site.norm.values if isinstance(site, ConvSite) and site.norm is not None else ()
+    return [name for name in names if name is not None]
+
+
 def _replace(graph: fx.Graph, replacement: Replacement, nodes: dict[str, fx.Node]) -> None:
     site = replacement.site
     anchor = nodes[site.anchor]
     with graph.inserting_before(anchor):
-        if isinstance(site, LinearSite):
+        if isinstance(site, FfnSite):
+            new = _ffn_call(graph, site, replacement.handle, nodes)
+        elif isinstance(site, LinearSite) and replacement.skips:
+            new = _skip_call(graph, site, replacement.handle, nodes)
+        elif isinstance(site, LinearSite):
             new = _linear_call(graph, site, replacement.handle, nodes)
         else:
             new = _conv_call(graph, site, replacement.handle, nodes)
@@ -137,6 +150,18 @@ def _linear_call(graph: fx.Graph, site: LinearSite, handle: int, nodes: dict[str
     operands = [nodes[name] if name is not None else None for name in (site.x, site.bias, site.residual)]
     target = torch.ops.sparsecomp.linear.default
     return graph.call_function(target, (*operands, handle, site.out_features, site.activation))
+
+
+def _skip_call(graph: fx.Graph, site: LinearSite, handle: int, nodes: dict[str, fx.Node]) -> fx.Node:
+    operands = [nodes[name] if name is not None else None for name in (site.x, site.bias, site.residual)]
+    return graph.call_function(torch.ops.sparsecomp.skip_linear.default, (*operands, handle, site.out_features))
+
+
+def _ffn_call(graph: fx.Graph, site: FfnSite, handle: int, nodes: dict[str, fx.Node]) -> fx.Node:
+    up_bias = None if site.up is None else site.up.bias
+    names = (site.x, site.gate.bias, up_bias, site.down.bias, site.residual)
+    operands = [nodes[name] if name is not None else None for name in names]
+    return graph.call_function(torch.ops.sparsecomp.skip_ffn.default, (*operands, handle, site.down.out_features))
 
 
 def _conv_call(graph: fx.Graph, site: ConvSite, handle: int, nodes: dict[str, fx.Node]) -> fx.Node:
@@ -320,7 +345,10 @@ class _Namer:
     def _split(text: str) -> list[str]:
         quoted = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", text)
         parts = [part for part in quoted.split(".") if part not in ("", "_modules", "_parameters", "_buffers")]
-        return parts[1:] if parts[:1] in (["L"], ["G"]) else parts
+        parts = parts[1:] if parts[:1] in (["L"], ["G"]) else parts
+        # a decorated forward holds its module in a tuple of arguments: `args[0]` is one name
+        held = len(parts) > 1 and parts[1].isdigit() and "[" in text.partition("]")[2][:1]
+        return [f"{parts[0]}.{parts[1]}", *parts[2:]] if held else parts
 
     def _path(self, text: str) -> str:
         parts = self._split(text)

@@ -25,6 +25,7 @@ _MAX_CHOICES = 4096
 
 PackedKernel = TypeVar("PackedKernel", Kernel, ConvKernel)
 Call = TypeVar("Call", bound=Hashable)
+Form = TypeVar("Form")
 
 
 class _Packed(Generic[Call, PackedKernel]):
@@ -50,9 +51,7 @@ class _SharedKernels:
         self._by_weight = WeakIdKeyDictionary()
         self._lock = threading.Lock()
 
-    def get(
-        self, packed: _Packed[Call, PackedKernel], key: Hashable, prepare: Callable[[], PackedKernel]
-    ) -> PackedKernel:
+    def get(self, packed: _Packed[Call, PackedKernel], key: Hashable, prepare: Callable[[], Form]) -> Form:
         """The kernel for a weight as it is now, by what else decides its form; packs where no site has done so."""
         weight = packed.weight()
         if weight is None:
@@ -65,7 +64,7 @@ class _SharedKernels:
                 self._by_weight[weight] = (packed.stamp, kernels)
             if key not in kernels:
                 kernels[key] = prepare()
-            kernel: PackedKernel = kernels[key]
+            kernel: Form = kernels[key]
             return kernel
 
 
@@ -169,6 +168,28 @@ class WeightSite(ABC, Generic[Call, PackedKernel]):
                 return None
 
     @property
+    def current(self) -> object:
+        """Stands for the current weight of this thread and its values: another object once either has changed."""
+        packed: object = self._here.packed
+        return packed
+
+    def form(self, key: Hashable, make: Callable[[Tensor], Form]) -> Form:
+        """Something made of the current weight `[O, I]`, once for all sites that share it and until it changes.
+
+        Args:
+            key: what decides it beside the weight.
+            make: makes it; must not ask for another form.
+        """
+        packed: _Packed[Call, PackedKernel] = self._here.packed
+        return _shared_kernels.get(packed, key, lambda: make(packed.values))
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The current weight of this thread, None if it is gone."""
+        packed: _Packed[Call, PackedKernel] = self._here.packed
+        return packed.weight()
+
+    @property
     def facts(self) -> WeightFacts:
         """Of the current weight of this thread."""
         packed: _Packed[Call, PackedKernel] = self._here.packed
@@ -201,5 +222,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "relu6": functional.relu6,
     "hardswish": functional.hardswish,
+    "relu2": lambda value: functional.relu(value).square(),
 }
 """What the dense form of a site applies, by the name that the op takes."""

@@ -21,6 +21,7 @@ from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, Problem, Weight
 from sparsecomp.targets.x86 import calibration, cost
 from sparsecomp.targets.x86.conv_calibrate import ConvCase, conv_cases, depthwise_cases
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, level
+from sparsecomp.targets.x86.skip_calibrate import SkipCase, skip_cases
 from sparsecomp.targets.x86.target import X86Target, create
 
 SHAPES = ((384, 384), (768, 768), (1536, 384), (384, 1536), (3072, 768), (768, 3072), (2048, 2048))
@@ -119,7 +120,7 @@ def calibrate(seconds: float = _SECONDS, level_name: str | None = None) -> Resul
 def _measure(level_name: str, deadline: float) -> dict[str, list[tuple[cost.Quantities, float]]]:
     """Measurements by model, spread over the grid for as long as there is time; at least a few for each."""
     machine = cost.Machine(level(level_name), caches())
-    plans: dict[str, Iterator[_Case | ConvCase]] = {
+    plans: dict[str, Iterator[_Case | ConvCase | SkipCase]] = {
         "rows": _cases("rows", SHAPES, DENSITIES, MANY_TOKENS),
         "dense": _cases("dense", SHAPES, (1.0,), MANY_TOKENS),
         "panel": _cases("panel", SHAPES, DENSITIES, MANY_TOKENS),
@@ -127,6 +128,7 @@ def _measure(level_name: str, deadline: float) -> dict[str, list[tuple[cost.Quan
         "dense_one": _cases("dense", MEMORY_SHAPES + SHAPES, (1.0,), (1,)),
         "dense_few": _cases("dense", MEMORY_SHAPES + SHAPES, (1.0,), (2, 4, 8, 12)),
         "panel_one": _cases("panel", MEMORY_SHAPES, DENSITIES, (1,)),
+        "skip": skip_cases(MEMORY_SHAPES + SHAPES),
         "conv": conv_cases(True, machine),
         "dense_conv": conv_cases(False, machine),
         "depthwise": depthwise_cases(DEPTHWISE),

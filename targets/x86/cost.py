@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsecomp.kernels.panel import PanelSchedule
-from sparsecomp.targets.base import Candidate, Problem
+from sparsecomp.targets.base import Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import schedules
 from sparsecomp.targets.x86.cpu import Caches, Level
 
@@ -131,6 +131,18 @@ def _mask(machine: Machine, candidate: Candidate, problem: Problem) -> Quantitie
         "word": problem.tokens * words * share,
         "row": problem.tokens * facts.out_features * share,
         **traffic(machine, 4 * facts.nonzeros + 2 * words, problem.tokens * share, problem.threads),
+        "call": 1.0,
+    }
+
+
+def skip_quantities(machine: Machine, facts: WeightFacts, kept: float, tokens: int, threads: int) -> Quantities:
+    """What a linear counts of which a share of the units or inputs stays, for one token."""
+    union = 1 - (1 - kept) ** tokens
+    nbytes = 4.0 * facts.out_features * facts.in_features
+    return {
+        "unit": float(tokens * facts.in_features),
+        "multiply": tokens * union * nbytes / 4 / threads,
+        **traffic(machine, nbytes, union / threads, threads),
         "call": 1.0,
     }
 

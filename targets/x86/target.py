@@ -44,6 +44,8 @@ def create(name: str) -> X86Target:
 class X86Target(Target):
     """x86-64 Linux."""
 
+    skips = True
+
     def __init__(self, level_name: str) -> None:
         self.name = f"x86:{level_name}"
         self._level = level(level_name)
@@ -127,6 +129,11 @@ class X86Target(Target):
         """See `Target.skip_rows`; packed with a bit mask where that makes it enough smaller."""
         few = int(matrix.count_nonzero()) <= _MASKED_DENSITY * matrix.numel()
         return X86Rows(matrix, masked=few and self._level.spread == "expand")
+
+    def predict_skip(self, facts: WeightFacts, kept: float, tokens: int, threads: int) -> float:
+        """See `Target.predict_skip`."""
+        counted = cost.skip_quantities(self._machine, facts, kept, tokens, threads)
+        return cost.price(self._coefficients, "skip", counted)
 
     def prepare_skip(self, spec: SkipSpec, rows: Sequence[SkipRows]) -> X86SkipKernel:
         """See `Target.prepare_skip`."""
