@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import onnx
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from sparsecomp.analysis import SiteChooser
 from sparsecomp.frontends.onnx import Overlay, build
@@ -28,6 +29,7 @@ from sparsecomp.frontends.onnx_norm import fold_norm, folds
 from sparsecomp.frontends.onnx_shapes import infer
 from sparsecomp.frontends.onnx_shrink import Shrunk
 from sparsecomp.frontends.onnx_shrink import shrink as shrink_overlays
+from sparsecomp.frontends.onnx_skip import Skipped, skip_blocks
 from sparsecomp.ir import ConvSite, LinearSite, Site
 from sparsecomp.onnx_planning import Calibration, Wish, choose_patterns, prune, read_calibration, with_budget
 from sparsecomp.options import Options
@@ -39,6 +41,7 @@ from sparsecomp.report import Report
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.ort_library import OrtForm, OrtOperation
 from sparsecomp.runtime.ort_library import build as build_library
+from sparsecomp.skipping.forms import SkipForm
 from sparsecomp.targets.base import DENSE, Candidate, Target, WeightFacts
 from sparsecomp.window import Maps, Window
 
@@ -99,6 +102,7 @@ def optimize(
     speedup: float | None = None,
     calibration: Calibration | None = None,
     criterion: str | None = None,
+    skip: str | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Write a model whose sparse sites run in kernels of their own, and the library with these beside it.
@@ -119,6 +123,8 @@ def optimize(
         calibration: samples of the inputs, as arrays by name or the path of an .npz file, along a first axis.
         criterion: `"magnitude"`, `"wanda"`, `"ria"` or `"sparsegpt"`, by which is pruned; the last with calibration,
             else the first.
+        skip: `"block:T"`: an FFN block is not computed in a call where the one before it turned the stream little, by a
+            cosine above T for every token; which blocks, the calibration says.
         progress: whether to show a progress bar while a plan is made; None: on a terminal.
 
     Returns:
@@ -139,12 +145,14 @@ def optimize(
     wish = _wish(loaded, budget, calibration, criterion)
     if wish.calibration and shapes is None:
         shapes = {name: tuple(value.shape) for name, value in wish.calibration[0].items()}
+    skipped = [] if skip is None else _skip(loaded, skip, wish.calibration, shapes)
     planned = _plan(loaded, parsed, target, shapes)
     chosen_under = None
     if budget is not None or (parsed.plan is not None and any(choice.prune for choice in parsed.plan)):
         chosen_under = _prune(loaded, planned, parsed, target, wish, progress)
         planned = _plan(loaded, parsed, target, shapes)
     report = _report(loaded, planned, target)
+    report.notes += [str(block) for block in skipped]
     if chosen_under is not None:
         report.plan = with_budget(report.plan, chosen_under)
     chosen = [item for item in planned if not item.choice.chosen.is_dense]
@@ -202,9 +210,25 @@ def _prune(
     return plan
 
 
+def _skip(
+    model: ir.Model,
+    form: str,
+    batches: list[dict[str, Tensor]],
+    shapes: Mapping[str, Sequence[int]] | None,
+) -> list[Skipped]:
+    if not batches:
+        raise ValueError(f"skip={form!r} needs calibration: samples of the inputs, as arrays or an .npz file of them")
+    return skip_blocks(model, build(model, infer(model, shapes))[0], SkipForm.parse(form), batches)
+
+
 def shrink(
-    model: Source, output: str | os.PathLike[str], *, shapes: Mapping[str, Sequence[int]] | None = None
-) -> list[Shrunk]:
+    model: Source,
+    output: str | os.PathLike[str],
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    skip: str | None = None,
+    calibration: Calibration | None = None,
+) -> list[Shrunk | Skipped]:
     """Write a model of standard operations alone, without the hidden units and channels that do nothing.
 
     What is removed is between two linears or two convolutions: a unit whose weights behind it, or before it, are all
@@ -214,20 +238,23 @@ def shrink(
         model: path of a model, or one in memory; it is not changed.
         output: path of the model to write.
         shapes: sizes of inputs by name, as in `inspect`.
+        skip: as in `optimize`.
+        calibration: as in `optimize`, for `skip`.
 
     Returns:
-        The layers that became smaller.
+        The layers that became smaller, and the blocks that may be skipped.
 
     Raises:
-        ValueError: the model is not valid; nothing is written.
+        ValueError: the model is not valid, or blocks cannot be skipped; nothing is written.
     """
     loaded = load(model)
-    found: list[Shrunk] = []
+    batches = _wish(loaded, None, calibration, None).calibration
+    found: list[Shrunk | Skipped] = [] if skip is None else [*_skip(loaded, skip, batches, shapes)]
     if loaded.opset_imports.get("", OLDEST_OPSET) >= OLDEST_OPSET:
         overlays = build(loaded, infer(loaded, shapes))
         for overlay in overlays:
             run_passes(overlay.graph, [DetectLinear(), DetectConv(), FuseEpilogue()])
-        found = shrink_overlays(loaded, overlays)
+        found += shrink_overlays(loaded, overlays)
     _save(loaded, Path(output))
     return found
 

@@ -71,6 +71,9 @@ def optimize(
         str | None,
         typer.Option(help="magnitude, wanda, ria or sparsegpt; sparsegpt with --calibration, else magnitude."),
     ] = None,
+    skip: Annotated[
+        str | None, typer.Option(metavar="block:T", help="FFN blocks that turn the stream little are skipped at times.")
+    ] = None,
     portable: Annotated[
         bool, typer.Option("--portable", help="Only standard operations: remove dead units and channels, no library.")
     ] = False,
@@ -84,11 +87,13 @@ def optimize(
         set_threads(threads)
         sizes = _sizes(shape)
         if portable:
-            budgets = (max_quality_loss, max_latency, speedup, calibration, criterion)
-            if target is not None or plan is not None or exclude or any(given is not None for given in budgets):
-                raise ValueError("--portable chooses no kernels and prunes nothing: it takes --shape alone")
-            for layer in _api().shrink(model, output, shapes=sizes):
-                print(f"{layer.name}: {layer.removed} of {layer.units} units removed")
+            others = (target, plan, max_quality_loss, max_latency, speedup, criterion)
+            if exclude or any(given is not None for given in others):
+                raise ValueError(
+                    "--portable chooses no kernels and prunes nothing: it takes --shape, or --skip with --calibration"
+                )
+            for found in _api().shrink(model, output, shapes=sizes or None, skip=skip, calibration=calibration):
+                print(found)
             print(f"written to {output}, in standard operations")
             return
         options = {"target": target, "plan": plan, "exclude": exclude}
@@ -102,6 +107,7 @@ def optimize(
             speedup=speedup,
             calibration=calibration,
             criterion=criterion,
+            skip=skip,
         )
         library = _api().library_of(output)
     if report.plan.budget is not None:

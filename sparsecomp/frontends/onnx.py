@@ -303,6 +303,12 @@ class _Builder:
                         return _Call("add", (self._operand(product), bias), hides=(self._operand(other),))
         return _Call("add", (self._operand(left), self._operand(right)))
 
+    def read_mul(self, node: ir.Node) -> _Call | None:
+        left, right = node.inputs
+        if left is None or right is None or any(map(self._constants.is_constant, (left, right))):
+            return None
+        return _Call("mul", (self._operand(left), self._operand(right)))
+
     def read_conv(self, node: ir.Node) -> _Call | None:
         x, weight = node.inputs[:2]
         if x is None or weight is None:
@@ -461,6 +467,7 @@ _READERS: dict[tuple[str, str], Callable[[_Builder, ir.Node], _Call | None]] = {
     ("", "BatchNormalization"): _Builder.read_batch_norm,
     ("", "Add"): _Builder.read_add,
     ("", "Sum"): _Builder.read_add,
+    ("", "Mul"): _Builder.read_mul,
     ("", "Transpose"): _Builder.read_transpose,
     ("", "Clip"): _Builder.read_clip,
     ("", "Gelu"): _Builder.read_gelu,

@@ -43,7 +43,7 @@ class OnnxModule(nn.Module):
                 self._layers[site.name] = layer = _Layer(overlay, site)
                 _add(self, site.name, layer.module)
         self._outputs = [value.name or "" for value in model.graph.outputs]
-        self._sessions = _Sessions(model, list(self._layers.values()))
+        self._sessions = Sessions(model, list(self._layers.values()))
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run the model with the weights as they are now."""
@@ -162,7 +162,7 @@ class _Layer:
         return twin
 
 
-class _Sessions:
+class Sessions:
     """Sessions of a model whose weights are inputs: one for its outputs, others that also give values inside."""
 
     def __init__(self, model: ir.Model, layers: Sequence[_Layer]) -> None:
@@ -189,11 +189,7 @@ class _Sessions:
 
     def dense(self) -> Any:
         """A session with the weights as constants."""
-        # Through a file, since a protobuf ends at 2 GB.
-        with tempfile.TemporaryDirectory(prefix="sparsecomp.") as folder:
-            path = Path(folder) / "model.onnx"
-            ir.save(self._dense, path, external_data="model.data")
-            return make_session(path, None, torch.get_num_threads())
+        return _open(self._dense)
 
     def _session(self, wanted: tuple[str, ...]) -> Any:
         model = self._model.clone()
@@ -201,8 +197,17 @@ class _Sessions:
         for name in wanted:
             value = values[name]
             value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
-            model.graph.outputs.append(value)
-        return make_session(ir.to_proto(model).SerializeToString(), None, torch.get_num_threads())
+            if not value.is_graph_output():
+                model.graph.outputs.append(value)
+        return _open(model)
+
+
+def _open(model: ir.Model) -> Any:
+    # Through a file, since a protobuf ends at 2 GB.
+    with tempfile.TemporaryDirectory(prefix="sparsecomp.") as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(model, path, external_data="model.data")
+        return make_session(path, None, torch.get_num_threads())
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:

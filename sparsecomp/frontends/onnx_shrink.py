@@ -1,8 +1,9 @@
-"""Remove hidden units that do nothing, for real: smaller dense weights in standard operations.
+"""Remove hidden units, channels and heads that do nothing, for real: smaller dense weights in standard operations.
 
 A hidden unit lies between two linears, or a channel between two convolutions, of which the first gives its value to the
 second alone. It is dead when the second does not read it (its column is zero) or when the first always gives the same
-for it (its row is zero); what that constant adds is then a part of the second's bias.
+for it (its row is zero); what that constant adds is then a part of the second's bias. A head of attention is dead when
+the linear that mixes the heads does not read it, or when its values are zero.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sparsecomp.frontends.onnx import Overlay
 from sparsecomp.frontends.onnx_apply import StandardSite, replace_with_standard
+from sparsecomp.frontends.onnx_heads import Attention, find_attention, set_heads
 from sparsecomp.frontends.onnx_norm import fold_norm, folds
 from sparsecomp.ir import ConvSite, LinearSite, Site
 from sparsecomp.kernels.epilogue import activate_reference
@@ -28,14 +30,19 @@ class Shrunk:
     """A layer that became smaller.
 
     Attributes:
-        name: of the first of its two sites.
-        units: hidden units or channels before.
+        name: of the first of its two sites; of an attention, of the linear that mixes the heads.
+        units: hidden units, channels or heads before.
         removed: of them.
+        kind: what they are: `units` or `heads`.
     """
 
     name: str
     units: int
     removed: int
+    kind: str = "units"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.removed} of {self.units} {self.kind} removed"
 
 
 def shrink(model: ir.Model, overlays: list[Overlay]) -> list[Shrunk]:
@@ -51,15 +58,27 @@ def shrink(model: ir.Model, overlays: list[Overlay]) -> list[Shrunk]:
     found: list[Shrunk] = []
     standard: dict[int, StandardSite] = {}
     for overlay in overlays:
-        for first, second in _pairs(overlay):
-            before = standard.get(id(first)) or _standard(overlay, first)
-            after = standard.get(id(second)) or _standard(overlay, second)
-            if before is None or after is None:
+        for attention in find_attention(overlay):
+            before = [_standard(overlay, site) for site in attention.sources]
+            after = _standard(overlay, attention.mix)
+            if after is None or any(site is None for site in before):
                 continue
-            dead = _remove_dead(first, before, after)
+            kept = _remove_heads(attention, [site for site in before if site is not None], after)
+            if kept < attention.heads:
+                set_heads(overlay.owner, attention, kept)
+                found.append(Shrunk(attention.mix.name, attention.heads, attention.heads - kept, "heads"))
+                for site, new in zip((*attention.sources, attention.mix), (*before, after), strict=True):
+                    if new is not None:
+                        standard[id(site)] = new
+        for first, second in _pairs(overlay):
+            above = standard.get(id(first)) or _standard(overlay, first)
+            below = standard.get(id(second)) or _standard(overlay, second)
+            if above is None or below is None:
+                continue
+            dead = _remove_dead(first, above, below)
             if dead:
                 found.append(Shrunk(first.name, first.out_features, dead))
-                standard[id(first)], standard[id(second)] = before, after
+                standard[id(first)], standard[id(second)] = above, below
     replace_with_standard(model, list(standard.values()))
     return found
 
@@ -125,3 +144,23 @@ def _remove_dead(site: Site, first: StandardSite, second: StandardSite) -> int:
     first.weight, second.weight = first.weight[kept], second.weight[:, kept]
     first.bias = None if first.bias is None else first.bias[kept]
     return units - int(kept.sum())
+
+
+def _remove_heads(attention: Attention, sources: list[StandardSite], mix: StandardSite) -> int:
+    """Remove the dead heads of an attention; returns how many stay."""
+    heads, size = attention.heads, attention.size
+    values = sources[2]
+    unread = ~(mix.weight != 0).reshape(-1, heads, size).any(axis=(0, 2))
+    unmade = ~(values.weight != 0).reshape(heads, -1).any(axis=1)
+    if values.bias is not None:
+        unmade &= ~(values.bias != 0).reshape(heads, size).any(axis=1)
+    kept = ~(unread | unmade)
+    if not kept.any():
+        kept[0] = True
+        mix.weight[:, :size] = 0
+    units = np.repeat(kept, size)
+    for source in sources:
+        source.weight = source.weight[units]
+        source.bias = None if source.bias is None else source.bias[units]
+    mix.weight = mix.weight[:, units]
+    return int(kept.sum())

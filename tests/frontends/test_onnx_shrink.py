@@ -97,6 +97,93 @@ def test_channels_along_a_chain(opset: int, tmp_path: Path) -> None:
     assert {(4, 3, 3, 3), (6, 4, 1, 1), (4, 6, 3, 3)} <= set(shapes.values())
 
 
+def _attention(constant: bool, dead: dict[str, list[int]]) -> onnx.ModelProto:
+    """An attention of 4 heads of 6; `dead` says which heads are not read, and of which the values are zero."""
+    heads, size, width = 4, 6, 24
+    constants: dict[str, Any] = {name: RANDOM.standard_normal((width, width)).astype(np.float32) for name in "qkvo"}
+    constants |= {f"b{name}": RANDOM.standard_normal(width).astype(np.float32) for name in "qkvo"}
+    for head in dead.get("o", []):
+        constants["o"][head * size : (head + 1) * size] = 0
+    for head in dead.get("v", []):
+        constants["v"][:, head * size : (head + 1) * size] = 0
+        constants["bv"][head * size : (head + 1) * size] = 0
+    constants |= {
+        "scale": np.float32(size**0.5),
+        "cut": np.array([0, -1, heads, size]),
+        "join": np.array([0, -1, width]),
+    }
+    nodes = []
+    for name in "qkv":
+        nodes.append(helper.make_node("MatMul", ["x", name], [f"{name}1"]))
+        nodes.append(helper.make_node("Add", [f"{name}1", f"b{name}"], [f"{name}2"]))
+        cut = "cut"
+        if not constant:
+            cut = f"cut{name}"
+            nodes.append(helper.make_node("Shape", [f"{name}2"], [f"shape{name}"]))
+            nodes.append(helper.make_node("Slice", [f"shape{name}", "zero", "two"], [f"front{name}"]))
+            nodes.append(helper.make_node("Concat", [f"front{name}", "heads", "size"], [cut], axis=0))
+        nodes.append(helper.make_node("Reshape", [f"{name}2", cut], [f"{name}3"]))
+        perm = [0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]
+        nodes.append(helper.make_node("Transpose", [f"{name}3"], [f"{name}4"], perm=perm))
+    nodes += [
+        helper.make_node("MatMul", ["q4", "k4"], ["s1"]),
+        helper.make_node("Div", ["s1", "scale"], ["s2"]),
+        helper.make_node("Add", ["s2", "mask"], ["s3"]),
+        helper.make_node("Softmax", ["s3"], ["s4"], axis=-1),
+        helper.make_node("MatMul", ["s4", "v4"], ["m1"]),
+        helper.make_node("Transpose", ["m1"], ["m2"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["m2", "join"], ["m3"]),
+        helper.make_node("MatMul", ["m3", "o"], ["o1"]),
+        helper.make_node("Add", ["o1", "bo"], ["o2"]),
+        helper.make_node("Add", ["o2", "x"], ["y"]),
+    ]
+    if not constant:
+        constants |= {
+            name: np.array([number]) for name, number in (("zero", 0), ("two", 2), ("heads", heads), ("size", size))
+        }
+    return cases.model_of(nodes, {"x": ["n", "t", width], "mask": ["n", 1, 1, "t"]}, constants)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize(
+    ("dead", "removed"), [({"o": [1]}, 1), ({"v": [0, 3]}, 2), ({"o": [1, 2], "v": [0, 3]}, 3), ({}, 0)]
+)
+def test_heads_of_attention(constant: bool, dead: dict[str, list[int]], removed: int, tmp_path: Path) -> None:
+    model = _attention(constant, dead)
+    found = sparsecomp.onnx.shrink(model, tmp_path / "m.onnx")
+    assert [str(layer) for layer in found] == ([f"o: {removed} of 4 heads removed"] if removed else [])
+    x = RANDOM.standard_normal((2, 5, 24)).astype(np.float32)
+    mask = np.where(RANDOM.random((2, 1, 1, 5)) < 0.3, np.float32(-1e9), np.float32(0))
+    shapes = _check(model, tmp_path / "m.onnx", {"x": x, "mask": mask})
+    left = 24 - 6 * removed
+    matrices = [shape for shape in shapes.values() if len(shape) == 2]
+    assert sorted(matrices) == sorted([*[(24, left)] * 3, (left, 24)])
+
+
+def test_heads_that_something_mixes_stay(tmp_path: Path) -> None:
+    model = _attention(True, {"o": [1]})
+    model.graph.input[1].CopyFrom(helper.make_tensor_value_info("mask", onnx.TensorProto.FLOAT, ["n", 4, 1, "t"]))
+    assert sparsecomp.onnx.shrink(model, tmp_path / "m.onnx") == []
+
+
+def test_heads_of_a_real_model(tmp_path: Path) -> None:
+    model = cases.paraphrase()
+    weights = [item for item in model.graph.initializer if list(item.dims) == [384, 384]]
+    used = {n.input[1]: n.name for n in model.graph.node if n.op_type == "MatMul"}
+    for item in weights:
+        if "attention/output" in used.get(item.name, ""):
+            array = numpy_helper.to_array(item).copy()
+            array[64:128] = 0  # two of its twelve heads of 32
+            item.CopyFrom(numpy_helper.from_array(array, item.name))
+    found = sparsecomp.onnx.shrink(model, tmp_path / "m.onnx")
+    assert [(layer.units, layer.removed) for layer in found if layer.kind == "heads"] == [(12, 2)] * 3
+    for feeds in (cases.token_feeds(1, 20), cases.token_feeds(3, 7)):
+        for value, wanted in zip(
+            cases.session(tmp_path / "m.onnx").run(None, feeds), cases.session(model).run(None, feeds), strict=True
+        ):
+            cases.close(value, wanted, 1e-4)
+
+
 def test_the_command(tmp_path: Path) -> None:
     w1, b1 = RANDOM.standard_normal((8, 12)).astype(np.float32), np.zeros(12, np.float32)
     w2 = cases.sparse_array(12, 8, density=0.9)
