@@ -384,7 +384,7 @@ def _plan(
 def _choose(overlay: Overlay, site: Site, options: Options, target: LibraryTarget) -> _Planned:
     known = not site.weight.is_meta and site.weight.ndim >= 2 and site.weight.numel() > 0
     facts = facts_of(site.weight, site.transposed) if known else None
-    reason = site.declined or _why_dense(overlay, site, options)
+    reason = _why_dense(overlay, site, options)
     if reason is not None or facts is None:
         return _Planned(overlay, site, decline(site, reason or "its weight cannot be read", facts))
     chooser = SiteChooser(site, target, options)
@@ -461,6 +461,11 @@ def _slower_maps(
 
 
 def _why_dense(overlay: Overlay, site: Site, options: Options) -> str | None:
+    if site.dtype in (torch.float16, torch.bfloat16):
+        dtype = str(site.dtype).removeprefix("torch.")
+        return f"it computes in {dtype}; the operations for ONNX Runtime are float32: convert the model to that"
+    if site.declined is not None:
+        return site.declined
     if site.dtype not in _DTYPES:
         return f"it computes in {str(site.dtype).removeprefix('torch.')}; float32 is supported in ONNX Runtime"
     if isinstance(site, ConvSite) and site.norm is not None and not folds(overlay, site):

@@ -71,7 +71,9 @@ def set_heads(graph: ir.Graph, attention: Attention, heads: int) -> None:
 
 def _read(overlay: Overlay, mix: LinearSite, by_value: dict[ir.Value, LinearSite]) -> Attention | None:
     joined = overlay.origin(mix.x)
-    joint = _made_by(joined, "Reshape") if isinstance(joined, ir.Value) else None
+    if not isinstance(joined, ir.Value):
+        return None
+    joint = _made_by(joined, "Reshape")
     if joint is None or not _only_read_by(joined, overlay, mix):
         return None
     back = _transposed(joint.inputs[0], _HEADS_FIRST, joint)
@@ -151,7 +153,7 @@ def _cut(
 
 def _transposed(value: ir.Value | None, order: list[int], reader: ir.Node) -> ir.Node | None:
     node = _made_by(value, "Transpose")
-    if node is None or list(node.attributes.get_ints("perm", None) or ()) != order:
+    if node is None or list(node.attributes.get_ints("perm", []) or ()) != order:
         return None
     return node if _sole(node.outputs[0], reader) else None
 
