@@ -27,7 +27,10 @@ from sparsecomp.pruning.calibration import Call, as_calls, calibrating
 from sparsecomp.pruning.criterion import Criterion, criterion_named
 from sparsecomp.pruning.sites import FilterFn, Site, choose_sites
 from sparsecomp.pruning.sparsify import sparsify_
+from sparsecomp.skipping.emulate import emulate
+from sparsecomp.skipping.offers import Offer, can_skip, check_rates, cost_of, offer_skips, skip_costs
 from sparsecomp.targets.base import Target
+from sparsecomp.targets.skip import FEW_TOKENS
 
 DEFAULT_PATTERNS = (
     "unstructured@0.5",
@@ -48,7 +51,7 @@ HELD_OUT = 8
 """One of this many calibration batches is kept for measuring losses, where there are at least so many."""
 
 PROBE_TOKENS = 512
-PROBE_IMAGES = 32
+PROBE_IMAGES = 16
 """Losses of single sites are measured on as many held out batches as hold about so many tokens (images, where the first
 site is a convolution), one at least."""
 
@@ -68,6 +71,7 @@ def plan(
     max_latency: float | str | None = None,
     speedup: float | None = None,
     patterns: Iterable[str | Pattern] | None = None,
+    skips: Iterable[float] = (),
     criterion: str = "sparsegpt",
     inputs: Any = None,
     filter_fn: FilterFn | None = None,
@@ -94,6 +98,9 @@ def plan(
         speedup: over the dense model under Inductor, at least.
         patterns: what a layer may be pruned to, each with its share of zeros; `DEFAULT_PATTERNS` if None. To leave a
             layer as it is, is always an option.
+        skips: shares of its inputs that a linear may skip at run time, alone or on top of a pattern, such as
+            `[0.25, 0.4]`; none if empty. Only where the latency is of a call with few tokens, as in decoding: give its
+            `inputs`. The plan's `skips()` is then the option `skip` of the backend.
         criterion: that the model will be pruned by, as in `sparsify_`.
         inputs: the batch whose latency counts; the first calibration batch if None.
         filter_fn: `(module, qualified_name) -> bool`, which layers may be pruned; all of them if None. Layers that
@@ -109,12 +116,13 @@ def plan(
 
     Raises:
         ValueError: there is not exactly one budget, it is bad or cannot be reached (the message says what can; under a
-            quality budget something must be pruned), a pattern does not say how much to prune, there is no calibration
-            batch, a site cannot be pruned or has NaN in its inputs, no site of the model can become faster, or the
-            outputs cannot be compared.
+            quality budget something must be pruned or skipped), a pattern does not say how much to prune, there is no
+            calibration batch, no linear can skip though `skips` says so, a site cannot be pruned or has NaN in its
+            inputs, no site of the model can become faster, or the outputs cannot be compared.
     """
     budget = Budget.of(max_quality_loss, max_latency, speedup)
     wanted = as_patterns(DEFAULT_PATTERNS if patterns is None else patterns)
+    rates = check_rates(skips)
     rule = criterion_named(criterion)
     model = getattr(model, "_orig_mod", model)  # below torch.compile
     sites = choose_sites(model, filter_fn)
@@ -122,7 +130,9 @@ def plan(
     timed = batches[0] if inputs is None else as_calls([inputs])[0]
     resolved = Options.parse({} if target is None else {"target": target}).resolve_target()
     price = functools.partial(_priced, model, sites, timed, resolved, autotune)
-    return under_budget(model, batches, price, wanted, budget, criterion=rule, quality=quality, progress=progress)
+    return under_budget(
+        model, batches, price, wanted, budget, skips=rates, criterion=rule, quality=quality, progress=progress
+    )
 
 
 def under_budget(
@@ -132,6 +142,7 @@ def under_budget(
     patterns: list[Pattern],
     budget: Budget,
     *,
+    skips: Sequence[float] = (),
     criterion: Criterion,
     quality: Quality | None,
     progress: bool | None,
@@ -141,7 +152,7 @@ def under_budget(
     hide = not (console.is_terminal if progress is None else progress)
     with Progress(console=console, disable=hide) as bar, calibrating(model):
         job = _Job(model, batches, criterion, quality, bar)
-        options = job.options(price(), patterns)
+        options = job.options(price(), patterns, skips)
         if budget.kind == "max_quality_loss":
             return job.keep(options, budget)
         return select(options, budget)
@@ -234,7 +245,7 @@ class _Job:
         self._held = batches[::HELD_OUT] if enough else batches
         self._criterion, self._quality, self._bar = criterion, quality, bar
 
-    def options(self, priced: Priced, patterns: list[Pattern]) -> Plan:
+    def options(self, priced: Priced, patterns: list[Pattern], rates: Sequence[float]) -> Plan:
         """The plan with what every site could be pruned to; nothing is chosen yet."""
         first = next(iter(priced.sites.values()))
         probes = _as_many(self._model, first, self._held)
@@ -245,18 +256,33 @@ class _Job:
             if (name := module_name(choice)) in priced.sites and not choice.declined:
                 entries.setdefault(name, []).append(choice)
         offers: dict[tuple[str, str], list[SiteChoice]] = {}
+        skipping: dict[tuple[str, str], list[tuple[Offer, list[float]]]] = {}
+        cost = cost_of(priced.pricer.target, priced.scale)
 
         def wanted(site: Site, prune: str, weight: Tensor) -> bool:
             offer = [priced.pricer.price(choice, weight, prune) for choice in entries[site.name]]
             offer = [scaled(choice, priced.scale) for choice in offer]
             offers[site.name, prune] = offer
+            skipping[site.name, prune] = skip_costs(offer, weight, may_skip.get(site.name, []), cost)
             return sum(map(_us, offer)) < sum(map(_us, entries[site.name]))
 
         def loss() -> float:
             with norms.moved():
                 return mean_loss(self._model, probes, outputs, self._quality)
 
-        task = self._bar.add_task("estimating losses", total=len(priced.sites))
+        skippers = [site for name, site in priced.sites.items() if rates and _can_skip(entries[name], priced)]
+        if rates and not skippers:
+            tokens = max(entry.tokens for site in entries.values() for entry in site)
+            raise ValueError(
+                f"skips are for linears in float32 at up to {FEW_TOKENS} tokens, on a target with kernels for them; "
+                f"the call that the latency is of has {tokens} tokens: give inputs=... of one token"
+            )
+        task = self._bar.add_task("estimating losses", total=len(priced.sites) + len(skippers))
+        may_skip = offer_skips(
+            self._model, self._used, skippers, rates, loss=loss, done=lambda: self._bar.advance(task)
+        )
+        for site in skippers:
+            skipping[site.name, ""] = skip_costs(entries[site.name], _matrix(site), may_skip[site.name], cost)
         found = estimate(
             self._model,
             self._used,
@@ -267,18 +293,24 @@ class _Job:
             wanted=wanted,
             done=lambda: self._bar.advance(task),
         )
-        if not any(found.values()):
+        if not any(found.values()) and not any(skipping.values()):
             raise ValueError(
                 "no pattern is predicted to make any layer faster on these inputs: the layers are too small, the call "
                 f"has too few tokens, or the patterns leave too much ({', '.join(map(str, patterns))})"
             )
         sites = []
         for choice in priced.plan:
-            estimates = found.get(module_name(choice)) if not choice.declined else None
-            if estimates:
-                name = module_name(choice)
+            name = module_name(choice)
+            estimates = found.get(name, []) if not choice.declined else []
+            if estimates or (not choice.declined and skipping.get((name, ""))):
                 place = entries[name].index(choice)
                 choice = _with_options(choice, estimates, [offers[name, item.prune][place] for item in estimates])
+                more = [
+                    replace(option, us=times[place], loss=option.loss + offer.loss, skip=offer.skip)
+                    for option in choice.options
+                    for offer, times in skipping.get((name, option.prune), ())
+                ]
+                choice = replace(choice, options=(*choice.options, *more))
             sites.append(choice)
         assert priced.plan.summary is not None
         inside = sum(_us(choice) for choice in sites if choice.options)
@@ -332,7 +364,7 @@ class _Job:
         measured = self._measured(least)
         if measured > budget.value:
             assert least.summary is not None
-            what = ", ".join(f"{choice.name} to {choice.prune}" for choice in least if choice.prune)
+            what = ", ".join(f"{c.name} to {c.prune or c.skip}" for c in least if c.prune or c.skip)
             raise ValueError(
                 f"a {budget} is not kept by any plan that prunes: the least ({what}) loses {measured:.3g} as measured, "
                 f"for {milliseconds(least.summary.planned_us)} instead of {milliseconds(least.summary.dense_us)}; "
@@ -347,7 +379,7 @@ class _Job:
         pruned = copy.deepcopy(self._model)
         batches = [call.kwargs or call.args for call in self._used]
         sparsify_(pruned, plan, criterion=self._criterion.name, calibration=batches, progress=False)
-        with calibrating(pruned):
+        with calibrating(pruned), emulate(pruned, plan.skips()):
             return mean_loss(pruned, self._held, self._model, self._quality)
 
 
@@ -372,7 +404,11 @@ def _as_many(model: nn.Module, site: Site, calls: Sequence[Call]) -> list[Call]:
 
 
 def _prunes(plan: Plan) -> bool:
-    return any(choice.prune for choice in plan)
+    return any(choice.prune or choice.skip for choice in plan)
+
+
+def _can_skip(entries: Sequence[SiteChoice], priced: Priced) -> bool:
+    return all(can_skip(entry, priced.pricer.target) for entry in entries)
 
 
 def _estimated(plan: Plan) -> float:

@@ -28,6 +28,12 @@ def plan(
     pattern: Annotated[
         list[str] | None, typer.Option(help="What a layer may be pruned to; may be given several times.")
     ] = None,
+    skip: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of inputs that a layer may skip at run time; several times. Latencies are then of one token."
+        ),
+    ] = None,
     criterion: Annotated[str, typer.Option(help="What the model will be pruned by.")] = "sparsegpt",
     target: Annotated[str | None, typer.Option(help="Name of a target; this machine's if not given.")] = None,
     sequences: Sequences = 128,
@@ -50,8 +56,9 @@ def plan(
             max_latency=max_latency,
             speedup=speedup,
             patterns=pattern or None,
+            skips=skip or (),
             criterion=criterion,
-            inputs={"input_ids": batches[0]["input_ids"][:1]},
+            inputs={"input_ids": batches[0]["input_ids"][:1, : 1 if skip else None]},
             filter_fn=_all_but_head(model),
         )
         result.save(output)

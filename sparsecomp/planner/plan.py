@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.budget import Budget, Summary
 from sparsecomp.planner.reader import DocumentError, Reader, parse_json, read_text
+from sparsecomp.planner.skips import InputSkip, skip_dict, skip_plan
 from sparsecomp.targets.base import DENSE, Candidate
 from sparsecomp.window import Maps, Window
 
 if TYPE_CHECKING:
     from sparsecomp.planner.pareto import Front
+    from sparsecomp.skipping.forms import SkipPlan
 
 PLAN_VERSION = 1
 FORMAT = "sparsecomp-plan"
@@ -62,12 +64,14 @@ class Option:
         us: microseconds of one call.
         loss: what it is estimated to add to the model's loss; the same in every entry of a module that runs more than
             once, whose weight is pruned for all of them.
+        skip: what it skips of its inputs beside, None for nothing; `us` is then of a call that skips.
     """
 
     prune: str
     candidate: Candidate
     us: float
     loss: float
+    skip: InputSkip | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class SiteChoice:
         options: what `prune` was chosen from, the weight as it is first; empty for a site that was not to be pruned.
         window: of a convolution, None for a linear.
         maps: that a convolution is called with, None for a linear.
+        skip: what a linear skips of its inputs at run time, where a call has few tokens; None for nothing.
     """
 
     name: str
@@ -111,6 +116,7 @@ class SiteChoice:
     options: tuple[Option, ...] = ()
     window: Window | None = None
     maps: Maps | None = None
+    skip: InputSkip | None = None
 
     def prediction(self, candidate: Candidate) -> Prediction | None:
         """The costs of a candidate, None if it was not considered."""
@@ -170,9 +176,16 @@ class SiteChoice:
             "reason": self.reason,
             "prune": self.prune,
             "options": [
-                {"prune": item.prune, **_candidate_dict(item.candidate), "us": item.us, "loss": item.loss}
+                {
+                    "prune": item.prune,
+                    **_candidate_dict(item.candidate),
+                    "us": item.us,
+                    "loss": item.loss,
+                    **skip_dict(item.skip),
+                }
                 for item in self.options
             ],
+            **skip_dict(self.skip),
         }
 
     @classmethod
@@ -201,6 +214,7 @@ class SiteChoice:
             reason=reader.text("reason", ""),
             prune=_prune_text(reader.text("prune", ""), reader.place("prune")),
             options=reader.items("options", _option),
+            skip=InputSkip.read(reader.inner("skip")),
         )
         reader.finish()
         return choice
@@ -245,6 +259,10 @@ class Plan:
         named = [choice for choice in self.sites if choice.name == name]
         exact = (choice for choice in named if choice.tokens == tokens and choice.maps in (None, maps))
         return next(exact, named[0] if named else None)
+
+    def skips(self) -> SkipPlan:
+        """What linears skip of their inputs at run time: the option `skip` of the backend, and for `emulate`."""
+        return skip_plan(self.sites)
 
     def replan(
         self,
@@ -444,6 +462,7 @@ def _option(value: Any, where: str) -> Option:
         candidate=_candidate(reader, finish=False),
         us=reader.number("us"),
         loss=reader.number("loss"),
+        skip=InputSkip.read(reader.inner("skip")),
     )
     reader.finish()
     return option

@@ -50,7 +50,7 @@ class Pricer:
     """
 
     def __init__(self, target: Target, *, autotune: bool) -> None:
-        self._target, self._autotune = target, autotune
+        self.target, self._autotune = target, autotune
         self._threads = torch.get_num_threads()
         self._known: dict[tuple[Any, ...], dict[Candidate, float]] = {}
         self._dense: dict[tuple[Any, ...], float] = {}
@@ -69,7 +69,7 @@ class Pricer:
         key = _likeness(site)
         if key not in self._dense:
             problem = _problem(site, WeightFacts.of(weight), self._threads)
-            self._dense[key] = measure([], _tensor(site, weight), problem, self._target)[DENSE]
+            self._dense[key] = measure([], _tensor(site, weight), problem, self.target)[DENSE]
         return self._dense[key]
 
     def price(self, site: SiteChoice, weight: Tensor, prune: str) -> SiteChoice:
@@ -83,12 +83,12 @@ class Pricer:
         facts = WeightFacts.of(weight)
         problem = _problem(site, facts, self._threads)
         measured = self._measure(site, weight, problem, prune) if self._autotune else None
-        return choose(facts, problem, self._target, Options(), name=site.name, dynamic=site.dynamic, measured=measured)
+        return choose(facts, problem, self.target, Options(), name=site.name, dynamic=site.dynamic, measured=measured)
 
     def _measure(self, site: SiteChoice, weight: Tensor, problem: Problem, prune: str) -> dict[Candidate, float]:
         priced = {
-            candidate: self._target.predict(candidate, problem)
-            for candidate in offered_candidates(problem.facts, problem, self._target, None)
+            candidate: self.target.predict(candidate, problem)
+            for candidate in offered_candidates(problem.facts, problem, self.target, None)
         }
         hopeful = [c for c, us in priced.items() if not c.is_dense and us < HOPELESS * priced[DENSE]]
         dense = self._dense_us(site, weight)
@@ -96,7 +96,7 @@ class Pricer:
             return {DENSE: dense}
         key = (*_likeness(site), prune, round(problem.facts.density, 2), tuple(hopeful))
         if key not in self._known:
-            times = measure(hopeful, _tensor(site, weight), problem, self._target)
+            times = measure(hopeful, _tensor(site, weight), problem, self.target)
             # Against one measurement of dense, so that a change of the clock between two calls favours none.
             self._known[key] = {candidate: us * dense / times[DENSE] for candidate, us in times.items()}
         return self._known[key]

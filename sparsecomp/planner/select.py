@@ -47,7 +47,7 @@ def groups_of(plan: Plan) -> list[Group]:
             continue
         name = module_name(site)
         known = merged.setdefault(name, [replace(option, us=0.0) for option in site.options])
-        if [(o.prune, o.loss) for o in known] != [(o.prune, o.loss) for o in site.options]:
+        if [(o.prune, o.skip, o.loss) for o in known] != [(o.prune, o.skip, o.loss) for o in site.options]:
             raise ValueError(f"the entries of {name!r} in the plan offer different options")
         merged[name] = [replace(a, us=a.us + b.us) for a, b in zip(known, site.options, strict=True)]
     if not merged or plan.summary is None:
@@ -89,7 +89,7 @@ def replan(plan: Plan, budget: Budget) -> Plan:
         ValueError: as `select`, or a quality budget leaves nothing to prune.
     """
     chosen = select(plan, budget)
-    if budget.kind == "max_quality_loss" and not any(site.prune for site in chosen):
+    if budget.kind == "max_quality_loss" and not any(site.prune or site.skip for site in chosen):
         least = mildest(plan)
         assert least.summary is not None
         raise ValueError(
@@ -102,7 +102,7 @@ def replan(plan: Plan, budget: Budget) -> Plan:
 
 def mildest(plan: Plan) -> Plan:
     """The plan that prunes and loses least: the one option of the least estimated loss, or others that lose no more."""
-    losses = [option.loss for group in groups_of(plan) for option in group.options if option.prune]
+    losses = [option.loss for group in groups_of(plan) for option in group.options if option.prune or option.skip]
     return select(plan, Budget("max_quality_loss", min(losses) * (1 + 1e-9)))
 
 
@@ -174,9 +174,10 @@ def with_choice(plan: Plan, budget: Budget | None, chosen: dict[str, Option]) ->
     for site in plan:
         if site.options:
             wanted = chosen[module_name(site)]
-            option = next(item for item in site.options if item.prune == wanted.prune)
+            option = next(o for o in site.options if (o.prune, o.skip) == (wanted.prune, wanted.skip))
             total += option.us
-            site = replace(site, prune=option.prune, chosen=option.candidate, reason=_reason(site, option))
+            reason = _reason(site, option)
+            site = replace(site, prune=option.prune, skip=option.skip, chosen=option.candidate, reason=reason)
         elif (pair := _depthwise(site)) is not None:
             kept = pair[channels_first].candidate
             site = replace(site, chosen=kept, reason=f"{kept}: it is a depthwise convolution, which is not pruned")
@@ -188,9 +189,11 @@ def with_choice(plan: Plan, budget: Budget | None, chosen: dict[str, Option]) ->
 
 def _reason(site: SiteChoice, option: Option) -> str:
     kept = site.options[0]
-    if not option.prune:
+    if option == kept:
         return f"{option.candidate}: left as it is, {option.us:.0f} us"
+    done = [f"pruned to {option.prune}"] if option.prune else []
+    done += [f"skips {option.skip}"] if option.skip else []
     return (
-        f"{option.candidate}: pruned to {option.prune}, {option.us:.0f} us instead of {kept.us:.0f} us "
+        f"{option.candidate}: {' and '.join(done)}, {option.us:.0f} us instead of {kept.us:.0f} us "
         f"for an estimated loss of {option.loss:.3g}"
     )

@@ -53,14 +53,14 @@ def _summary(plan: Plan) -> list[str]:
 
 
 def _cells(site: SiteChoice) -> tuple[str, ...]:
-    option = next((item for item in site.options if item.prune == site.prune), None)
+    option = next((item for item in site.options if (item.prune, item.skip) == (site.prune, site.skip)), None)
     dense = site.dense_us
     us = option.us if option is not None else site.chosen_us
     return (
         site.name or "(model)",
         f"{site.shape[1]} to {site.shape[0]}",
         f"{site.tokens}{'*' if site.dynamic else ''}",
-        site.prune,
+        " ".join(str(part) for part in (site.prune, site.skip) if part),
         str(site.chosen),
         "" if dense is None or us is None else f"{us:.0f} / {dense:.0f}",
         "" if option is None else f"{option.loss:.2g}",
