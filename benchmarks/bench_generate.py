@@ -1,8 +1,8 @@
 """Skipped FFN blocks: what thresholds cost SmolLM2-135M in perplexity, and tokens per second in `generate`.
 
 `python benchmarks/bench_generate.py [--part quality,relu,speed,weights] [--case NAME] [--quick]`: a part replaces its
-own rows of `results/generate.json` and leaves the others. Skip plans are kept in `build/skips` and used again;
-`--part quality` makes them anew, which takes minutes each.
+own rows of `results/generate.json` and leaves the others. Skip plans are kept in `build/skips` and used again
+(making them takes minutes each); remove the folder to calibrate anew.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sparsecomp
 from sparsecomp.pruning.calibration import as_calls, calibrating
 from sparsecomp.skipping import SkipChoice, SkipForm, SkipPlan, calibrate_skips, emulate
 from sparsecomp.skipping.block import block_cosines, threshold_for
+from sparsecomp.skipping.calibrate import calibrate_rates
 from sparsecomp.skipping.generate import Candidate, Generation, perplexity, time_generation
 from sparsecomp.skipping.sites import find_ffns
 
@@ -54,10 +55,15 @@ NOTES = [
     "of the first 200 documents of `lee_background.cor`; perplexity on 16 such windows of the other documents, with "
     "the rules of the forms on every token. `threshold` and `input` are on the FFN blocks if not said otherwise.",
     "Tokens per second: Hugging Face's `generate`, batch 1, greedy, static cache, from the first new token to the "
-    "last; candidates write in turn, speed-ups are medians over rounds. `nothing` asks for thresholds that skip nothing.",
+    "last; candidates write in turn, speed-ups are medians over rounds. `nothing` asks for thresholds that skip "
+    "nothing.",
     "Weights are pruned by magnitude (for speed alone), the linears of the 30 blocks; the tied output embedding, a "
     "fifth of the bytes read for a token, stays dense.",
 ]
+
+
+def _path(case: str) -> Path:
+    return PLANS / f"{case.replace(' ', '_').replace(':', '_')}.json"
 
 
 class SmolLM2:
@@ -69,32 +75,36 @@ class SmolLM2:
         first, others = ("\n".join(part) for part in (documents[:200], documents[200:]))
         self.calibration = list(models.windows(tokenizer, [first], 512)[:CALIBRATION].split(1))
         self.scored = list(models.windows(tokenizer, [others], 512)[:windows].split(1))
-        self.prompt = self.scored[0][:, :16]
+        self.prompt = self.scored[0][:, :32]  # more than the warm-up of `block`
 
-    def plan(self, case: str, *, anew: bool = False) -> SkipPlan:
-        """The skip plan of a case, calibrated if it is not on disk."""
-        path = PLANS / f"{case.replace(' ', '_').replace(':', '_')}.json"
-        if path.is_file() and not anew:
-            return SkipPlan.load(path)
-        plan = self._calibrate(case)
-        PLANS.mkdir(parents=True, exist_ok=True)
-        plan.save(path)
-        return plan
+    def plan(self, case: str) -> SkipPlan:
+        """The skip plan of a case, calibrated with the others of its kind if it is not on disk."""
+        if not _path(case).is_file():
+            self.calibrate(case)
+        return SkipPlan.load(_path(case))
 
-    def _calibrate(self, case: str) -> SkipPlan:
+    def calibrate(self, case: str) -> None:
+        """Make the skip plan of a case, and those of the others that differ in nothing but the rate."""
+        plans: dict[str, SkipPlan]
+        calls = as_calls(self.calibration)
+        ffns = find_ffns(self.model)
         if case == "nothing":
-            ffns = find_ffns(self.model)
-            return SkipPlan.of(SkipChoice(ffn.name, SkipForm("threshold", 0.0)) for ffn in ffns)
-        if case == "block":
-            calls = as_calls(self.calibration)
-            ffns = find_ffns(self.model)
+            plans = {case: SkipPlan.of(SkipChoice(ffn.name, SkipForm("threshold", 0.0)) for ffn in ffns)}
+        elif case == "block":
             with calibrating(self.model):
                 cosines = block_cosines(self.model, calls, ffns)
-            # Half of the calls can be skipped at most, and those of the cold start and the end are not.
-            return calibrate_skips(self.model, calls, SkipForm("block", threshold_for(cosines, BLOCK_SHARE)))
-        form, _, everywhere = case.partition(" ")
-        filter_fn = None if everywhere else (lambda _, name: ".mlp" in name)
-        return calibrate_skips(self.model, self.calibration, form, filter_fn=filter_fn)
+            form = SkipForm("block", threshold_for(cosines, BLOCK_SHARE))
+            plans = {case: calibrate_skips(self.model, calls, form)}
+        else:
+            kind, everywhere = case.partition(":")[0], case.endswith("everywhere")
+            alike = [c for c in QUALITY if c.startswith(f"{kind}:") and c.endswith("everywhere") == everywhere]
+            rates = [float(c.partition(":")[2].split()[0]) for c in alike]
+            filter_fn = None if everywhere else (lambda _, name: ".mlp" in name)
+            found = calibrate_rates(self.model, calls, kind, rates, filter_fn=filter_fn)
+            plans = dict(zip(alike, found, strict=True))
+        PLANS.mkdir(parents=True, exist_ok=True)
+        for name, plan in plans.items():
+            plan.save(_path(name))
 
     def sizes(self, plan: SkipPlan) -> dict[str, int]:
         """What the rate of a site counts for: its weights."""
@@ -106,7 +116,7 @@ def quality(subject: SmolLM2, cases: list[str], results: Results) -> None:
     dense = perplexity(subject.model, subject.scored)
     results.add(Row("perplexity, dense", dense, "perplexity"))
     for case in cases:
-        plan = subject.plan(case, anew=True)
+        plan = subject.plan(case)
         with emulate(subject.model, plan) as rates:
             value = perplexity(subject.model, subject.scored)
         sizes = subject.sizes(plan)

@@ -33,19 +33,24 @@ def calibrate_block(model: nn.Module, calls: Sequence[Call], form: SkipForm, ffn
     """
     threshold = form.parameter or 0.0
     cosines = block_cosines(model, calls, ffns)
-    means = cosines.mean(dim=0).tolist()
-    first = next((number for number, mean in enumerate(means) if mean > threshold), len(ffns))
-    chosen = range(first, len(ffns) - LAST)
+    chosen = participants(cosines, threshold)
     if len(chosen) < 2:
         raise ValueError(
             f"{form}: no two FFN blocks between the cold start and the last {LAST} turn the stream that little; mean "
-            f"cosines are up to {max(means):.4f}"
+            f"cosines are up to {float(cosines.mean(dim=0).max()):.4f}"
         )
     skipped = simulate(cosines[:, chosen.start : chosen.stop], threshold)
     return SkipPlan.of(
         SkipChoice(ffns[number].name, form, threshold, expected=float(share))
         for number, share in zip(chosen, skipped, strict=True)
     )
+
+
+def participants(cosines: Tensor, threshold: float) -> range:
+    """The blocks between the cold start and the last ones."""
+    means = cosines.mean(dim=0).tolist()
+    first = next((number for number, mean in enumerate(means) if mean > threshold), len(means))
+    return range(first, len(means) - LAST)
 
 
 def block_cosines(model: nn.Module, calls: Sequence[Call], ffns: Sequence[FFN]) -> Tensor:
@@ -96,17 +101,26 @@ def simulate(cosines: Tensor, threshold: float, span: int = 1) -> Tensor:
 
 
 def threshold_for(cosines: Tensor, share: float) -> float:
-    """The threshold at which `simulate` skips a share of all the blocks' calls, by bisection between the cosines.
+    """The threshold at which a share of the calls of all blocks is skipped, by the cosines of the dense model.
+
+    Args:
+        cosines: as `block_cosines` gives them.
+        share: of the calls, above 0.
 
     Raises:
         ValueError: no threshold skips that much.
     """
-    if float(simulate(cosines, -1.0).mean()) < share:
-        raise ValueError(
-            f"at most {float(simulate(cosines, -1.0).mean()):.2f} of the FFN calls can be skipped, given {share:g}"
-        )
+
+    def skipped(threshold: float) -> float:
+        chosen = participants(cosines, threshold)
+        own = cosines[:, chosen.start : chosen.stop]
+        return float(simulate(own, threshold).sum()) / cosines.shape[1] if len(chosen) else 0.0
+
+    # Where it is lower, more blocks take part and more of them are skipped; by bisection.
     low, high = -1.0, 1.0
+    if (most := skipped(low)) < share:
+        raise ValueError(f"at most {most:.2f} of the FFN calls can be skipped, given {share:g}")
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if float(simulate(cosines, middle).mean()) >= share else (low, middle)
+        low, high = (middle, high) if skipped(middle) >= share else (low, middle)
     return low

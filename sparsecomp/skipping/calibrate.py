@@ -64,26 +64,55 @@ def calibrate_skips(
     wanted = SkipForm.parse(form)
     calls = as_calls(calibration)
     model = getattr(model, "_orig_mod", model)  # below torch.compile
-    console = Console(stderr=True)
-    hide = not (console.is_terminal if progress is None else progress)
-    with calibrating(model):
-        if wanted.kind in ("relu", "block"):
+    if wanted.kind in ("relu", "block"):
+        with calibrating(model):
             ffns = _ffns(model, filter_fn)
             if wanted.kind == "relu":
                 return SkipPlan.of(SkipChoice(ffn.name, wanted) for ffn in ffns)
             return calibrate_block(model, calls, wanted, ffns)
-        rate = wanted.parameter or 0.0
-        sites = skip_scores(model, calls, wanted, filter_fn)
-        rates = [rate] * len(sites)
-        if layerwise and len(sites) > 1 and rate:
-            with Progress(console=console, disable=hide) as bar:
-                task = bar.add_task("measuring skips", total=len(sites))
-                losses = skip_losses(model, calls, sites, rate, quality, lambda: bar.advance(task))
-            rates = _allocate(sites, losses, rate)
-    pairs = list(zip(sites, rates, strict=True))
-    if wanted.kind == "rsparse":
-        return SkipPlan.of(choice for site, rate in pairs for choice in with_low_rank(site, rate))
-    return SkipPlan.of(choice for site, rate in pairs for choice in site.choices(rate))
+    (plan,) = calibrate_rates(
+        model,
+        calls,
+        wanted.kind,
+        [wanted.parameter or 0.0],
+        filter_fn=filter_fn,
+        layerwise=layerwise,
+        quality=quality,
+        progress=progress,
+    )
+    return plan
+
+
+def calibrate_rates(
+    model: nn.Module,
+    calls: Sequence[Call],
+    kind: str,
+    rates: Sequence[float],
+    *,
+    filter_fn: FilterFn | None = None,
+    layerwise: bool = True,
+    quality: Quality | None = None,
+    progress: bool | None = None,
+) -> list[SkipPlan]:
+    """The plans of several rates of one kind of form, `threshold`, `input` or `rsparse`, from one measurement.
+
+    Losses of single layers are measured at the middle rate; all else is as in `calibrate_skips`.
+    """
+    console = Console(stderr=True)
+    hide = not (console.is_terminal if progress is None else progress)
+    middle = sorted(rates)[len(rates) // 2]
+    with calibrating(model), Progress(console=console, disable=hide) as bar:
+        sites = skip_scores(model, calls, SkipForm(kind, middle), filter_fn)
+        losses: list[list[float]] = []
+        if layerwise and len(sites) > 1 and middle:
+            task = bar.add_task("measuring skips", total=len(sites))
+            losses = skip_losses(model, calls, sites, middle, quality, lambda: bar.advance(task))
+    found = []
+    for rate in rates:
+        each = _allocate(sites, losses, rate) if losses else [rate] * len(sites)
+        skip = with_low_rank if kind == "rsparse" else Scores.choices
+        found.append(SkipPlan.of(choice for site, own in zip(sites, each, strict=True) for choice in skip(site, own)))
+    return found
 
 
 def skip_scores(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sparsecomp.pruning.calibration import Call
 from sparsecomp.skipping import calibrate_skips, emulate
-from sparsecomp.skipping.block import block_cosines, simulate, threshold_for
+from sparsecomp.skipping.block import block_cosines, participants, simulate, threshold_for
 from sparsecomp.skipping.sites import find_ffns
 
 
@@ -35,16 +35,22 @@ def _attention(layer, hidden, position):
     return layer.self_attn(layer.input_layernorm(hidden), position_embeddings=position, attention_mask=mask)[0]
 
 
-@given(st.integers(0, 5), st.floats(0.05, 0.45))
+@given(st.integers(0, 5), st.floats(0.05, 0.35))
 def test_the_threshold_for_a_share_skips_it(seed: int, share: float) -> None:
-    cosines = torch.rand(200, 8, generator=torch.Generator().manual_seed(seed))
+    # The mean grows with depth, as it does in models.
+    cosines = torch.rand(200, 20, generator=torch.Generator().manual_seed(seed)) + torch.linspace(0, 0.2, 20)
+
+    def skipped(threshold: float) -> float:
+        blocks = participants(cosines, threshold)
+        return float(simulate(cosines[:, blocks.start : blocks.stop], threshold).sum()) / 20
+
     found = threshold_for(cosines, share)
-    assert float(simulate(cosines, found).mean()) == pytest.approx(share, abs=0.01)
+    assert skipped(found) >= share > skipped(found + 1e-6)
 
 
 def test_no_more_than_every_second_block_can_be_skipped() -> None:
-    with pytest.raises(ValueError, match=r"at most 0\.50"):
-        threshold_for(torch.rand(10, 8), 0.6)
+    with pytest.raises(ValueError, match=r"at most 0\.45"):
+        threshold_for(torch.rand(10, 20), 0.5)
 
 
 def test_the_first_and_last_blocks_take_no_part() -> None:
