@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsecomp.log import log
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.plan import Plan
-from sparsecomp.pruning.batchnorm import batchnorms, reestimate_batchnorm
+from sparsecomp.pruning.batchnorm import FollowingNorms, batchnorms
 from sparsecomp.pruning.calibration import Call, Part, Stream, as_calls, calibrating, find_blocks
 from sparsecomp.pruning.criterion import Criterion, Pruned, criterion_named
 from sparsecomp.pruning.dsnot import dsnot
@@ -56,7 +56,7 @@ def sparsify_(
         criterion: `"magnitude"`, `"wanda"`, `"ria"` or `"sparsegpt"`; all but the first need calibration.
         calibration: batches of model inputs, each a tensor, a tuple of arguments or a dict of keyword arguments (such
             as a tokenizer gives; without padding, since padding counts as input). It is read once, into memory. The
-            statistics of batch norms are estimated again on it.
+            statistics of batch norms follow the weights on it.
         refine: `"dsnot"` exchanges entries of the chosen mask; needs calibration.
         reconstruct: tune the kept weights of each block to give the dense block's output; needs calibration and a model
             with repeated blocks. `Reconstruction(...)` sets how long.
@@ -90,11 +90,12 @@ def sparsify_(
     job = _Job(model, patterns, rule, refine, settings)
     try:
         with torch.no_grad():
+            norms = FollowingNorms(model, calls) if calls else None
             job.run(sites, calls, progress)
-            if calls:
+            if norms is not None:
                 for norm in batchnorms(model).values():
                     job.undo.keep(*norm.buffers())
-                reestimate_batchnorm(model, calls)
+                norms.move()
     except BaseException:
         job.undo.restore()
         raise
@@ -179,7 +180,9 @@ class _Job:
         blocks = find_blocks(self._model)
         modules = {id(module) for _, block in blocks for module in block.modules()}
         self._inside = {site for site in sites if id(site.module) in modules}
-        if not self._inside:
+        if not self._inside or (self._settings is None and batchnorms(self._model)):
+            # With batch norms, whose statistics follow when all is pruned, the inputs of the dense model serve better
+            # than those behind pruned blocks (EfficientNet-Lite0 at 70 %: cosine of the logits 0.30 against 0.26).
             blocks = []
         if self._settings is not None and not blocks:
             raise ValueError(

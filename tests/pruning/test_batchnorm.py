@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from sparsecomp import sparsify_
-from sparsecomp.pruning.batchnorm import reestimate_batchnorm
+from sparsecomp.pruning.batchnorm import FollowingNorms, reestimate_batchnorm
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -124,6 +126,32 @@ def test_a_batch_norm_that_is_not_reached_is_left_alone() -> None:
     model.spare = nn.BatchNorm1d(3)
     model.forward = lambda value: model[:7](value)
     assert reestimate_batchnorm(model, [torch.randn(8, 16)]) == ["1", "5"]
+
+
+def test_statistics_that_follow_do_not_move_where_no_weight_does() -> None:
+    model = network()
+    before = snapshot(model)
+    FollowingNorms(model, [torch.randn(8, 16) + 3]).move()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
+@settings(max_examples=10)
+@given(st.floats(0.25, 4), st.floats(-2, 2), st.integers(0, 100))
+def test_statistics_that_follow_take_up_scales_and_shifts(scale: float, shift: float, seed: int) -> None:
+    """Whatever the batches are: the output is that from before."""
+    model, inputs = network(seed), torch.randn(64, 16)
+    with torch.no_grad():
+        expected = model(inputs)
+        following = FollowingNorms(model, [torch.randn(8, 16) + 1])
+        before = snapshot(model)
+        model[0].weight.mul_(scale)
+        model[0].bias.mul_(scale).add_(shift)
+        with following.moved():
+            torch.testing.assert_close(model(inputs), expected, rtol=1e-3, atol=1e-3)
+        for index in (1, 5):
+            torch.testing.assert_close(model[index].running_mean, before[f"{index}.running_mean"], rtol=0, atol=0)
+            torch.testing.assert_close(model[index].running_var, before[f"{index}.running_var"], rtol=0, atol=0)
 
 
 def test_models_without_stored_statistics_are_not_run() -> None:
