@@ -70,11 +70,15 @@ def build(schedule: PanelSchedule, epilogue: Epilogue) -> tir.Expr:
             with tir.loop(last - first) as index:
                 panel = tir.bind(first + index)
                 begin, end = tir.bind(args["w2"][panel]), tir.bind(args["w2"][panel + 1])
+                tiles = tir.bind(tir.ceil_div(count, schedule.tokens))
+                # The next panel's weights may lie in memory: every step asks for a part, so that no step has to wait.
+                ahead = tir.bind(tir.ceil_div(schedule.v, tiles))
                 with tir.loop(schedule.v // (schedule.lanes * schedule.vectors)) as part:
                     lane0 = tir.bind(part * (schedule.lanes * schedule.vectors))
-                    with tir.loop(tir.ceil_div(count, schedule.tokens)) as t:
+                    with tir.loop(tiles) as t:
                         place = (tir.bind(token + t * schedule.tokens), tokens, inputs, outputs)
-                        _tile(args, schedule, epilogue, place, (panel, lane0, begin, end))
+                        fetch = (tir.bind(end * schedule.v + t * (end - begin) * ahead), ahead)
+                        _tile(args, schedule, epilogue, place, (panel, lane0, begin, end), fetch)
     return builder.function
 
 
@@ -84,6 +88,7 @@ def _tile(
     epilogue: Epilogue,
     place: tuple[tir.Expr, tir.Expr, tir.Expr, tir.Expr],
     panel_part: tuple[tir.Expr, tir.Expr, tir.Expr, tir.Expr],
+    fetch: tuple[tir.Expr, tir.Expr],
 ) -> None:
     token, tokens, inputs, outputs = place
     panel, lane0, begin, end = panel_part
@@ -105,6 +110,7 @@ def _tile(
     ]
     with tir.loop(end - begin) as step:
         column = tir.bind(args["w1"][begin + step])
+        tir.prefetch(args["w0"], fetch[0] + step * fetch[1])
         weight = [tir.bind(tir.load(args["w0"], starts[v] + step * schedule.width, lanes)) for v in range(vectors)]
         for t in range(schedule.tokens):
             activation = tir.bind(tir.splat(args["x"][sources[t] + column], lanes))

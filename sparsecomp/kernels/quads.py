@@ -14,6 +14,8 @@ from sparsecomp.kernels import tir
 from sparsecomp.patterns.quads import QUAD, QUAD_FIELDS
 
 WEIGHTS = ("float32", "uint64", "int32", "int32")  # values, words, quads, and the first quad of each block of a chunk
+_LINE = 16  # floats
+_AHEAD = 4096  # floats
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class Quad:
         words, shared, own = self._args["w1"], self._shared, self._own
         with tir.loop(shared) as i:
             word = tir.bind(words[self._word + i])
+            # A line of what will be read later: large models come from memory. Only here, where 32 multiply-adds hide
+            # the instruction; asking in the other loop too costs more than it brings.
+            tir.prefetch(self._args["w0"], self._value + i * _LINE + _AHEAD)
             for half in (0, 1):
                 factors = self._factors(tir.bind(self._value + i * (2 * QUAD) + half * QUAD))
                 self._multiply((0, 1), factors, self._column(base, word, 2 * half))
@@ -86,14 +91,6 @@ class Quad:
         for member, at, slot in self._slots:
             total = tir.load(self._total, slot, lanes)
             tir.store(self._args["scratch"], self._waiting[member] + at, total, lanes)
-
-    def prefetch(self, number: tir.Expr, sums: tir.Expr) -> None:
-        """Ask for the sums of another quad, which wait in the L2 cache, while this one computes."""
-        for member in range(QUAD):
-            row = self._args["w2"][number * QUAD_FIELDS + QUAD_FIELDS - QUAD + member]
-            place = tir.bind(sums + row * self._shape.tile)
-            for v in range(self._shape.vectors):
-                tir.prefetch(self._args["scratch"], place + v * self._shape.lanes, locality=3)
 
     def total(self, member: int, v: int) -> tir.Expr:
         """One vector of the sums of one row."""

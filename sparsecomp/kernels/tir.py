@@ -253,9 +253,9 @@ def loop(extent: Expr | int) -> Any:
     return _script().serial(extent)
 
 
-def prefetch(buffer: Expr, index: Expr, locality: int = 2) -> None:
-    """Ask for the cache line of an entry: into the L1 cache (locality 3), or the L2 cache (2; LLVM's `prefetch`)."""
-    hints = [const(value, "int32") for value in (0, locality, 1)]
+def prefetch(buffer: Expr, index: Expr) -> None:
+    """Ask for the cache line of an entry, into the L2 cache (LLVM's `prefetch` for reading, locality 2)."""
+    hints = [const(value, "int32") for value in (0, 2, 1)]
     call = _tirx().call_llvm_intrin("void", "llvm.prefetch.p0", _address_of(buffer, index), *hints)
     _script().evaluate(call)
 
