@@ -89,6 +89,17 @@ def test_a_block_of_resnet_is_four_sites(stride: int) -> None:
     }
 
 
+@pytest.mark.parametrize("text", ["taps:3:9", "8:taps:3:9", "16:1:4", "2:4"])
+def test_shared_taps_and_rows_run_under_their_names(text: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(32, 48, 3, padding=1), nn.ReLU()), torch.randn(1, 32, 20, 20)
+    sparsecomp.sparsify_(model, text)
+    (choice,) = sparsecomp.explain(model, x, options={"patterns": [text]})
+    assert f"conv[{text}]" in {str(item.candidate) for item in choice.predictions}
+    with torch.no_grad():
+        same(compile_model(model, options=forced("0"))(x), model(x))
+    assert compilations()[-1].rewritten == ["0"]
+
+
 def test_batch_and_size_may_change() -> None:
     model = prepared(Bottleneck())
     compiled = compile_model(model, options=BLOCK, dynamic=True)

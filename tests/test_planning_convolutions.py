@@ -198,6 +198,17 @@ def test_every_criterion_plans_convolutions(criterion: str) -> None:
         assert losses == sorted(losses)
 
 
+def test_kernel_patterns_are_options_of_kernels_of_their_taps() -> None:
+    model = mixed()
+    plan = make(model, patterns=["8:taps:2:9", "unstructured@0.9"], speedup=1.6)
+    offered = {choice.name: sorted(o.prune for o in choice.options) for choice in plan if choice.options}
+    assert offered == {
+        "first": ["", "8:taps:2:9", "unstructured@0.9"],
+        "grouped": ["", "unstructured@0.9"],
+        "head": ["", "unstructured@0.9"],
+    }
+
+
 def test_autotune_measures_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Size, Window | None, Maps | None]] = []
 

@@ -1,6 +1,7 @@
 """Which patterns a weight already satisfies: a checkpoint that was pruned elsewhere says so only through its zeros.
 
-The families are fixed: N:M and V:N:M with M of 4, 8 and 16 and V of 4 to 64, the blocks below, and unstructured. Unions
+The families are fixed: N:M and V:N:M with M of 4, 8 and 16 and V of 4 to 64, kernel patterns of 9 and 25 taps with the
+same V, the blocks below, and unstructured. Unions
 of rows and counts of columns are built from one size to the next, so a 4096 x 4096 weight takes a fraction of a second.
 """
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from sparsecomp.patterns import groups
 from sparsecomp.patterns.pattern import Pattern
+from sparsecomp.patterns.taps import slots, used_taps
 
 GROUP_SIZES = (4, 8, 16)
 PANEL_ROWS = (4, 8, 16, 32, 64)
+TAPS = (9, 25)
 BLOCKS = ((64, 1), (32, 1), (16, 1), (8, 1), (4, 1), (16, 16), (8, 8), (4, 4), (1, 16), (1, 8), (1, 4))
 
 # Any weight is a weight of blocks, if every block counts as kept. It is reported as one where at least this share of a
@@ -65,7 +68,8 @@ def detect(weight: Tensor) -> list[Detection]:
         union, previous = groups.union_rows(union, v // previous), v
         counts = _group_counts(union)
         # What the union of few rows does not satisfy, a union of more rows, which contains it, does not either.
-        here = _groups_of(counts, v, mask.shape, nonzeros) + _blocks_of(union, counts, v, mask.shape, nonzeros)
+        here = _taps_of(union, v, mask.shape, nonzeros) + _groups_of(counts, v, mask.shape, nonzeros)
+        here += _blocks_of(union, counts, v, mask.shape, nonzeros)
         found += here
         if v > 1 and not here:
             break
@@ -125,6 +129,18 @@ def _groups_of(counts: dict[int, Tensor], v: int, shape: torch.Size, nonzeros: i
         if n < m:
             slots = shape[0] * (whole * n + (groups.group_limit(n, m, tail) if tail else 0))
             found.append((Pattern("nm", n=n, m=m) if v == 1 else Pattern("vnm", n=n, m=m, v=v), nonzeros / slots))
+    return found
+
+
+def _taps_of(union: Tensor, v: int, shape: torch.Size, nonzeros: int) -> list[tuple[Pattern, float]]:
+    """Kernel patterns of several channels, with the least number of taps."""
+    found = []
+    for taps in TAPS:
+        if shape[1] % taps or shape[1] == taps or not shape[0]:
+            continue
+        n = max(1, int(used_taps(union, 1, taps).max()))
+        if n < taps:
+            found.append((Pattern("taps", n=n, m=taps, v=v), nonzeros / slots((shape[0], shape[1]), n, taps)))
     return found
 
 

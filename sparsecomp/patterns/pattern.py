@@ -9,6 +9,8 @@ One grammar serves Python, the command line and JSON. A weight is a matrix `[O, 
 | `N:M` | N of every M consecutive inputs, each output row on its own |
 | `V:N:M` | the same, and V consecutive output rows keep the same inputs |
 | `RxC`, `RxC@S` | whole blocks of R outputs by C inputs; with a share S of the blocks zero |
+| `taps:N:T` | of a convolution with T taps (`kh * kw`): each output keeps N taps, the same for all inputs |
+| `V:taps:N:T` | the same, and V consecutive outputs keep the same taps |
 
 Zero means the value: a negative zero (what multiplying a weight by a mask leaves) is a zero, a NaN is not.
 """
@@ -24,20 +26,22 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import groups
+from sparsecomp.patterns.taps import slots, taps_mask, used_taps
 
-Kind = Literal["dense", "unstructured", "nm", "vnm", "block"]
+Kind = Literal["dense", "unstructured", "nm", "vnm", "block", "taps"]
 
 MAX_M = 256
 MAX_ROWS = 256
 MAX_COLS = 256
 
-_KINDS = ("dense", "unstructured", "nm", "vnm", "block")
+_KINDS = ("dense", "unstructured", "nm", "vnm", "block", "taps")
 _SHARE = re.compile(r"[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?|[0-9]+\.")
 _GROUPS = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{1,9})")
+_TAPS = re.compile(r"(?:([0-9]{1,9}):)?taps:([0-9]{1,9}):([0-9]{1,9})")
 _BLOCK = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
 _GRAMMAR = (
-    "expected 'dense', 'unstructured' or 'unstructured@SHARE', 'N:M', 'V:N:M', 'RxC' or 'RxC@SHARE', "
-    "such as 'unstructured@0.8', '2:4', '32:2:4' or '16x1@0.5'"
+    "expected 'dense', 'unstructured' or 'unstructured@SHARE', 'N:M', 'V:N:M', 'RxC' or 'RxC@SHARE', 'taps:N:T' or "
+    "'V:taps:N:T', such as 'unstructured@0.8', '2:4', '32:2:4', '16x1@0.5' or '16:taps:4:9'"
 )
 
 
@@ -52,7 +56,8 @@ class Fit:
         nonzeros: entries that are not zero.
         slots: entries that the pattern keeps room for: for N:M and V:N:M every allowed one, where positions are free
             (blocks, unstructured) those of the occupied blocks.
-        violations: groups that hold more than they may, or blocks (entries, if unstructured) beyond the share.
+        violations: groups (rows or panels, of kernel patterns) that hold more than they may, or blocks (entries, if
+            unstructured) beyond the share.
     """
 
     satisfied: bool
@@ -69,9 +74,9 @@ class Pattern:
 
     Attributes:
         kind: the family; the fields that it does not use keep their defaults.
-        n: kept inputs of every group (N:M, V:N:M).
-        m: inputs of a group (N:M, V:N:M), at most 256.
-        v: output rows that share their inputs (V:N:M), 2 to 256.
+        n: kept inputs of every group (N:M, V:N:M), or kept taps.
+        m: inputs of a group (N:M, V:N:M), or taps of a kernel, at most 256.
+        v: output rows that share their inputs (V:N:M), 2 to 256, or their taps, 1 to 256.
         rows: outputs of a block, at most 256.
         cols: inputs of a block, at most 256.
         sparsity: share of zero entries (unstructured) or zero blocks, in [0, 1); None means whatever the weight has.
@@ -92,19 +97,22 @@ class Pattern:
         if self.kind not in _KINDS:
             raise ValueError(f"unknown kind of pattern {self.kind!r}: expected one of {', '.join(_KINDS)}")
         used = {"nm": {"n", "m"}, "vnm": {"n", "m", "v"}, "block": {"rows", "cols"}}.get(self.kind, set())
+        used = {"n", "m", "v"} if self.kind == "taps" else used
         for field in ("n", "m", "v", "rows", "cols"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{field} of a pattern must be an integer, not {value!r}")
             if field not in used and value != 1:
                 raise ValueError(f"a pattern of kind {self.kind!r} has no {field}, given {value}")
-        if self.kind in ("nm", "vnm"):
+        if self.kind in ("nm", "vnm", "taps"):
+            whole = "T" if self.kind == "taps" else "M"
             if not 2 <= self.m <= MAX_M:
-                raise ValueError(f"pattern {self._text()!r}: M must be from 2 to {MAX_M}, given {self.m}")
+                raise ValueError(f"pattern {self._text()!r}: {whole} must be from 2 to {MAX_M}, given {self.m}")
             if not 0 < self.n <= self.m:
-                raise ValueError(f"pattern {self._text()!r}: N must be from 1 to M = {self.m}, given {self.n}")
-        if self.kind == "vnm" and not 2 <= self.v <= MAX_ROWS:
-            raise ValueError(f"pattern {self._text()!r}: V must be from 2 to {MAX_ROWS}, given {self.v}")
+                raise ValueError(f"pattern {self._text()!r}: N must be from 1 to {whole} = {self.m}, given {self.n}")
+        least = {"vnm": 2, "taps": 1}.get(self.kind)
+        if least is not None and not least <= self.v <= MAX_ROWS:
+            raise ValueError(f"pattern {self._text()!r}: V must be from {least} to {MAX_ROWS}, given {self.v}")
         if self.kind == "block":
             if not (1 <= self.rows <= MAX_ROWS and 1 <= self.cols <= MAX_COLS):
                 raise ValueError(f"pattern {self._text()!r}: R and C must be from 1 to {MAX_ROWS}")
@@ -127,9 +135,10 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
-        """Read a pattern, such as `2:4`, `32:2:4`, `16x1@0.5`, `unstructured@0.8`, `unstructured` or `dense`.
+        """Read a pattern, such as `2:4`, `32:2:4`, `16x1@0.5`, `16:taps:4:9`, `unstructured@0.8` or `dense`.
 
-        Case and surrounding blanks do not matter. `1:N:M` is `N:M` and `1x1` is `unstructured`, which they mean.
+        Case and surrounding blanks do not matter. `1:N:M` is `N:M`, `1:taps:N:T` is `taps:N:T` and `1x1` is
+        `unstructured`, which they mean.
         A pattern is returned as it is.
 
         Raises:
@@ -141,12 +150,15 @@ class Pattern:
             raise ValueError(f"a pattern is a text, not {type(text).__name__} {text!r}: {_GRAMMAR}")
         name, at, share = text.strip().lower().partition("@")
         sparsity = _parse_share(text, share) if at else None
-        if groups_match := _GROUPS.fullmatch(name):
+        taps_match = _TAPS.fullmatch(name)
+        if groups_match := taps_match or _GROUPS.fullmatch(name):
             if at:
                 raise ValueError(f"pattern {text!r}: N:M fixes its own share of zeros; write {name!r} without @{share}")
             v, n, m = (int(number or 1) for number in groups_match.groups())
             if v == 0:
                 raise ValueError(f"pattern {text!r}: V must be from 1 to {MAX_ROWS}, given 0")
+            if taps_match:
+                return cls("taps", n=n, m=m, v=v)
             return cls("nm", n=n, m=m) if v == 1 else cls("vnm", n=n, m=m, v=v)
         if block_match := _BLOCK.fullmatch(name):
             rows, cols = (int(number) for number in block_match.groups())
@@ -171,6 +183,8 @@ class Pattern:
             return f"{self.n}:{self.m}"
         if self.kind == "vnm":
             return f"{self.v}:{self.n}:{self.m}"
+        if self.kind == "taps":
+            return f"{f'{self.v}:' if self.v > 1 else ''}taps:{self.n}:{self.m}"
         if self.kind == "block":
             return f"{self.rows}x{self.cols}"
         return self.kind
@@ -183,7 +197,7 @@ class Pattern:
     @property
     def nominal_density(self) -> float | None:
         """Share of entries that the pattern keeps where sizes divide; None if it does not fix one."""
-        if self.kind in ("nm", "vnm"):
+        if self.kind in ("nm", "vnm", "taps"):
             return self.n / self.m
         if self.kind == "dense":
             return 1.0
@@ -199,6 +213,8 @@ class Pattern:
         if self.kind in ("nm", "vnm") and other.kind in ("nm", "vnm"):
             # n / m compared as n * m, since a group of M that holds k groups of M / k adds up their limits.
             return other.v % self.v == 0 and self.m % other.m == 0 and self.n * other.m >= other.n * self.m
+        if self.kind == other.kind == "taps":
+            return other.v % self.v == 0 and self.m == other.m and self.n >= other.n
         same_units = (self.kind, self.rows, self.cols) == (other.kind, other.rows, other.cols)
         if same_units and self.sparsity is not None and other.sparsity is not None:
             return self.sparsity <= other.sparsity
@@ -219,8 +235,8 @@ class Pattern:
     def mask(self, score: Tensor) -> Tensor:
         """Choose the entries to keep: those of the highest score that the pattern allows.
 
-        Entries that stand or fall together (a column of a panel, a block) are ranked by the sum of their scores. Ties
-        go to the entry or block that comes first, so equal scores give equal masks. `unstructured@S` keeps exactly
+        Entries that stand or fall together (a column of a panel, a block, a tap) are ranked by the sum of their scores.
+        Ties go to the entry or block that comes first, so equal scores give equal masks. `unstructured@S` keeps exactly
         `round((1 - S) * O * I)` entries, `RxC@S` that share of its blocks, ragged ones included; the last group of
         `length < M` inputs keeps `ceil(N * length / M)`.
 
@@ -244,6 +260,8 @@ class Pattern:
         if self.kind in ("nm", "vnm"):
             panels = groups.top_of_groups(groups.block_scores(score, self.v, 1), self.n, self.m)
             return groups.spread(panels, self.v, 1, shape)
+        if self.kind == "taps":
+            return taps_mask(score, self.v, self.n, self.m)
         blocks = groups.block_scores(score, self.rows, self.cols)
         chosen = groups.top_of_all(blocks, groups.keep_count(cast("float", self.sparsity), blocks.numel()))
         return groups.spread(chosen, self.rows, self.cols, shape)
@@ -284,21 +302,24 @@ class Pattern:
         shape = (mask.shape[0], mask.shape[1])
         nonzeros = int(torch.count_nonzero(mask))
         if self.kind == "dense":
-            slots, violations = mask.numel(), 0
+            room, violations = mask.numel(), 0
         elif self.kind in ("nm", "vnm"):
-            slots, violations = self._measure_groups(mask)
+            room, violations = self._measure_groups(mask)
+        elif self.kind == "taps":
+            room = slots(shape, self.n, self.m)
+            violations = int(torch.count_nonzero(used_taps(mask, self.v, self.m) > self.n))
         else:
             counts = groups.fold_columns(groups.union_rows(mask, self.rows).to(torch.int16), self.cols)
             occupied = counts > 0
-            slots = groups.occupied_slots(occupied, self.rows, self.cols, shape)
+            room = groups.occupied_slots(occupied, self.rows, self.cols, shape)
             allowed = occupied.numel() if self.sparsity is None else groups.keep_count(self.sparsity, occupied.numel())
             violations = max(0, int(torch.count_nonzero(occupied)) - allowed)
         return Fit(
             satisfied=violations == 0,
             density=nonzeros / mask.numel() if mask.numel() else 1.0,
-            fill=nonzeros / slots if slots else 1.0,
+            fill=nonzeros / room if room else 1.0,
             nonzeros=nonzeros,
-            slots=slots,
+            slots=room,
             violations=violations,
         )
 

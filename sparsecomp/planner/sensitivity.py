@@ -104,7 +104,7 @@ def _estimate_site(
     assert known.gram is not None
     whole = _energy(weight, known.gram)
     trials: list[tuple[Estimate, Tensor]] = []
-    for pattern in patterns:
+    for pattern in filter(site.takes, patterns):
         try:
             pruned = criterion.prune(weight, pattern, known)
         except ValueError as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Pattern, groups
+from sparsecomp.patterns.taps import by_channel, by_tap
 from sparsecomp.pruning.statistics import Statistics
 from sparsecomp.pruning.wanda import wanda
 
@@ -35,14 +36,30 @@ def dsnot(weight: Tensor, mask: Tensor, pattern: Pattern, statistics: Statistics
     """
     if pattern.kind == "dense":
         return mask
-    rows, cols = pattern.shared_rows, pattern.cols
+    if pattern.kind == "taps":
+        return _exchange_taps(weight, mask, pattern, statistics)
+    span = pattern.m if pattern.kind in ("nm", "vnm") else None
+    return _exchange(weight, mask, (pattern.shared_rows, pattern.cols), span, statistics)
+
+
+def _exchange_taps(weight: Tensor, mask: Tensor, pattern: Pattern, statistics: Statistics) -> Tensor:
+    """Sorted by tap, a tap is a block of columns."""
+    taps, columns = pattern.m, weight.shape[1]
+    sums, squares = (by_tap(value[None], taps)[0] for value in (statistics.sums, statistics.squares))
+    ordered = Statistics(statistics.rows, sums, squares)
+    shape = (pattern.v, sums.shape[0] // taps)
+    return by_channel(_exchange(by_tap(weight, taps), by_tap(mask, taps), shape, None, ordered), taps, columns)
+
+
+def _exchange(weight: Tensor, mask: Tensor, unit: tuple[int, int], span: int | None, statistics: Statistics) -> Tensor:
+    """Exchange units of so many rows and columns, within groups of `span` units of a panel, or all of them."""
+    rows, cols = unit
     weight = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     saliency = groups.block_scores(wanda(weight, statistics), rows, cols)
     lost = _per_unit(weight * statistics.means.to(weight.dtype), rows, cols)
     spread = groups.block_scores(statistics.variances.to(weight.dtype).unsqueeze(0), 1, cols).clamp_min(1e-12)
     keep = groups.union_rows(mask, rows)[:, ::cols].clone()
-    span = pattern.m if pattern.kind in ("nm", "vnm") else keep.shape[1]
-    group = torch.arange(keep.shape[1], device=keep.device) // span
+    group = torch.arange(keep.shape[1], device=keep.device) // (span or keep.shape[1])
     error = (lost * ~keep.unsqueeze(1)).sum(dim=2)
     active = torch.arange(keep.shape[0], device=keep.device)
     for _ in range(CYCLES):

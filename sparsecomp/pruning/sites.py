@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
+from sparsecomp.patterns import Pattern
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -100,6 +102,10 @@ class Site:
     module: nn.Module
     kind: Prunable
     weight: nn.Parameter
+
+    def takes(self, pattern: Pattern) -> bool:
+        """Whether a pattern is for weights of this form: a kernel pattern is for kernels of its number of taps."""
+        return pattern.kind != "taps" or (self.weight.ndim > 2 and self.weight.shape[2:].numel() == pattern.m)
 
     @property
     def where(self) -> str:

@@ -32,8 +32,8 @@ def sparsegpt(
     """Prune a weight and update what is kept.
 
     Masks are chosen while the update goes on, so that they see it: at every group of M columns for N:M and V:N:M, at
-    every 16 columns for single entries, and at every 128 for blocks. Entries that stand or fall together are ranked by
-    the sum of their costs.
+    every 16 columns for single entries, and at every 128 for blocks; taps are chosen before. Entries that stand or fall
+    together are ranked by the sum of their costs.
 
     Args:
         weight: `[O, I]`, floating point.
@@ -52,6 +52,9 @@ def sparsegpt(
     left = weight.detach().to(factor.dtype, copy=True)
     if not bool(torch.isfinite(left).all()):
         raise ValueError("the weight holds NaN or infinity")
+    if mask is None and pattern.kind == "taps":
+        # A tap has columns all over the weight, so that taps cannot be chosen while the update goes on.
+        mask = pattern.mask((left / factor.diagonal()).square())
     chooser = _Chooser(pattern) if mask is None else None
     keep = torch.zeros_like(left, dtype=torch.bool) if mask is None else mask
     step = _choice_columns(pattern)

@@ -51,8 +51,8 @@ def sparsify_(
 
     Args:
         model: any module; its `nn.Linear` modules are pruned (the model itself, if it is one).
-        pattern: what to prune to, such as `"unstructured@0.8"`, `"2:4"`, `"32:2:4"` or `"16x1@0.5"`; `"dense"` drops
-            nothing. A plan prunes every site to the pattern that it has for it.
+        pattern: what to prune to, such as `"unstructured@0.8"`, `"2:4"`, `"32:2:4"`, `"16x1@0.5"` or `"16:taps:4:9"`;
+            `"dense"` drops nothing. A plan prunes every site to the pattern that it has for it.
         criterion: `"magnitude"`, `"wanda"`, `"ria"` or `"sparsegpt"`; all but the first need calibration.
         calibration: batches of model inputs, each a tensor, a tuple of arguments or a dict of keyword arguments (such
             as a tokenizer gives; without padding, since padding counts as input). It is read once, into memory. The
@@ -109,6 +109,12 @@ def _patterns(pattern: str | Pattern | Plan, sites: Sequence[Site]) -> dict[int,
         if pattern.kind in ("unstructured", "block") and pattern.sparsity is None:
             raise ValueError(
                 f"pattern '{pattern}' does not say how much to prune: give the share of zeros, such as '{pattern}@0.8'"
+            )
+        if not all(site.takes(pattern) for site in sites):
+            other = next(site for site in sites if not site.takes(pattern))
+            raise ValueError(
+                f"pattern '{pattern}' is for convolutions whose kernels have {pattern.m} taps; {other.where} has a "
+                f"weight of shape {list(other.weight.shape)}: choose the modules with filter_fn"
             )
         return {} if pattern.kind == "dense" else {id(site.weight): pattern for site in sites}
     by_name = {site.name: site for site in sites}

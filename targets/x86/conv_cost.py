@@ -42,7 +42,8 @@ def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     # Passes over the whole weight that the busiest thread makes.
     passes = call.tiles * call.share(problem.threads)
     packed = passes * call.splits * window.groups * shape[1]
-    shared = shared_columns(facts.density) * facts.nonzeros
+    # Rows that were pruned alike share more than the matching of random ones finds.
+    shared = max(shared_columns(facts.density) * facts.nonzeros, facts.nonzeros - facts.panels[2])
     loads = facts.nonzeros - shared
     quads = math.ceil(rows[0] / 4) * window.groups * blocks
     planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)

@@ -109,7 +109,7 @@ class X86Target(Target):
         """See `Target.conv_candidates`."""
         if window.is_depthwise(facts.in_features):
             return [DENSE, DEPTHWISE]
-        label = _label(facts, 1, allowed)
+        label = _label(facts, None, allowed)
         if label is None or not facts.nonzeros < facts.out_features * facts.in_features:
             return [DENSE]
         widest = conv_schedules.widest(self._level)
@@ -156,15 +156,15 @@ class X86Target(Target):
         return super().packed_bytes(candidate, facts, dtype)
 
 
-def _label(facts: WeightFacts, v: int, allowed: Collection[str] | None) -> str | None:
+def _label(facts: WeightFacts, v: int | None, allowed: Collection[str] | None) -> str | None:
     """The pattern under which a kernel for panels of v rows takes a weight; None if `allowed` has none for it.
 
     Of the patterns that the weight satisfies, the fullest whose shared rows are a multiple of v; `unstructured` always
-    holds, and says nothing more than that the kernel finds the zeros by itself.
+    holds, and says nothing more than that the kernel finds the zeros by itself. The kernel of convolutions (v of None)
+    finds rows that share columns by itself too, whatever their number.
     """
-    found = [
-        d.pattern for d in facts.patterns if d.pattern.kind in ("nm", "vnm", "block") and d.pattern.shared_rows % v == 0
-    ]
+    kinds = ("nm", "vnm", "block") if v is not None else ("nm", "vnm", "block", "taps")
+    found = [d.pattern for d in facts.patterns if d.pattern.kind in kinds and d.pattern.shared_rows % (v or 1) == 0]
     if v == 1:
         found = [pattern for pattern in found if pattern.shared_rows == 1]
     if allowed is None:

@@ -13,6 +13,7 @@ from sparsecomp.patterns.groups import keep_count, shortest_share
 FAMILY = [f"{n}:{m}" for n, m in [(1, 4), (2, 4), (3, 4), (4, 8), (5, 8), (8, 16)]]
 FAMILY += [f"{v}:{text}" for v in (4, 8, 16, 32, 64) for text in ("2:4", "1:4", "3:8")]
 FAMILY += ["16x1@0.5", "4x4@0.75", "1x8@0.25", "unstructured@0.8", "unstructured@0.5"]
+KERNELS = ["taps:4:9", "taps:1:9", "16:taps:4:9", "4:taps:9:25"]
 
 
 def normal(rows: int, cols: int, seed: int) -> torch.Tensor:
@@ -51,6 +52,13 @@ def test_what_was_projected_is_found(text: str, rows: int, cols: int, seed: int)
 @pytest.mark.parametrize("text", FAMILY)
 def test_a_projection_is_found_by_its_name(text: str) -> None:
     assert text in texts(Pattern.parse(text).project(normal(128, 160, 0)))
+
+
+@pytest.mark.parametrize("text", KERNELS)
+def test_kernel_patterns_are_found_first(text: str) -> None:
+    weight = normal(64, 450, 0)
+    assert texts(Pattern.parse(text).project(weight))[0] == text
+    assert not any("taps" in found for found in texts(Pattern.parse("unstructured@0.5").project(weight)))
 
 
 @settings(max_examples=60)

@@ -21,7 +21,7 @@ def patterns(draw: st.DrawFn, small: bool = False, shares: bool = False) -> Patt
     """Any valid pattern; `small` for sizes that meet small weights, `shares` for those that `mask` accepts."""
     limit = 8 if small else 256
     share = SHARES if shares else st.none() | SHARES
-    kind = draw(st.sampled_from(["dense", "unstructured", "nm", "vnm", "block"]))
+    kind = draw(st.sampled_from(["dense", "unstructured", "nm", "vnm", "block", "taps"]))
     if kind == "dense":
         return Pattern("dense")
     if kind == "unstructured":
@@ -31,6 +31,8 @@ def patterns(draw: st.DrawFn, small: bool = False, shares: bool = False) -> Patt
         return Pattern("block", rows=rows, cols=cols, sparsity=draw(share))
     m = draw(st.integers(2, limit))
     n = draw(st.integers(1, m))
+    if kind == "taps":
+        return Pattern("taps", n=n, m=m, v=draw(st.integers(1, limit)))
     return Pattern("nm", n=n, m=m) if kind == "nm" else Pattern("vnm", n=n, m=m, v=draw(st.integers(2, limit)))
 
 
@@ -53,6 +55,8 @@ def weights(draw: st.DrawFn, minimum: int = 1) -> torch.Tensor:
         ("unstructured", Pattern("unstructured")),
         ("unstructured@0.8", Pattern("unstructured", sparsity=0.8)),
         ("dense", Pattern("dense")),
+        ("taps:4:9", Pattern("taps", n=4, m=9)),
+        ("16:taps:4:9", Pattern("taps", n=4, m=9, v=16)),
     ],
 )
 def test_the_forms_of_the_grammar(text: str, expected: Pattern) -> None:
@@ -65,6 +69,7 @@ def test_the_forms_of_the_grammar(text: str, expected: Pattern) -> None:
     [
         (" Unstructured@.50 ", "unstructured@0.5"),
         ("1:2:4", "2:4"),
+        ("1:TAPS:4:9", "taps:4:9"),
         ("02:04", "2:4"),
         ("1x1@0.5", "unstructured@0.5"),
         ("unstructured@1e-3", "unstructured@0.001"),
@@ -294,3 +299,23 @@ def test_what_a_pattern_fixes() -> None:
     assert [Pattern.parse(text).shared_rows for text in ("2:4", "32:2:4", "16x1", "dense")] == [1, 32, 16, 1]
     densities = [Pattern.parse(text).nominal_density for text in ("2:4", "16x1", "16x1@0.75", "unstructured", "dense")]
     assert densities == [0.5, None, 0.25, None, 1.0]
+
+
+@given(st.data())
+def test_kernel_patterns_keep_the_best_taps_of_every_panel(data: st.DataObject) -> None:
+    taps, channels, rows = data.draw(st.integers(2, 9)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
+    n, v = data.draw(st.integers(1, taps)), data.draw(st.integers(1, 5))
+    weight = torch.randn(rows, channels, taps, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    pattern = Pattern("taps", n=n, m=taps, v=v)
+    kept = pattern.mask(weight.abs().flatten(1)).reshape(weight.shape)
+    for start in range(0, rows, v):
+        panel = kept[start : start + v]
+        assert (panel == panel[0, 0]).all()
+        sizes = weight[start : start + v].abs().sum((0, 1))
+        assert set(torch.nonzero(panel[0, 0]).flatten().tolist()) == set(sizes.topk(n).indices.tolist())
+    fit = pattern.measure(pattern.project(weight.flatten(1)))
+    assert (fit.satisfied, fit.fill, fit.density) == (True, 1.0, pytest.approx(n / taps))
+    broken = pattern.project(weight.flatten(1))
+    if n < taps:
+        broken[0, int(torch.nonzero(~kept[0, 0])[0])] = 1.0
+        assert pattern.measure(broken).violations == 1

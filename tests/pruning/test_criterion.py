@@ -14,7 +14,10 @@ from sparsecomp.pruning.ria import ria
 from sparsecomp.pruning.statistics import Statistics
 from sparsecomp.pruning.wanda import wanda
 
-PATTERNS = ("unstructured@0.3", "unstructured@0.8", "2:4", "3:5", "4:2:4", "32:1:8", "4x1@0.5", "3x7@0.6", "dense")
+PATTERNS = (
+    *("unstructured@0.3", "unstructured@0.8", "2:4", "3:5", "4:2:4", "32:1:8", "4x1@0.5", "3x7@0.6", "dense"),
+    *("taps:2:4", "3:taps:2:5"),
+)
 
 
 def of_norms(*norms: float) -> Statistics:
@@ -32,7 +35,8 @@ def test_every_criterion_works_for_every_pattern(name: str, text: str, shape: tu
     assert not (result * ~pruned.mask).any()
     # As many entries as by magnitude: nothing is dropped that the pattern allows.
     kept, allowed = int(pruned.mask.sum()), int(pattern.mask(weight.abs()).sum())
-    assert kept == allowed if "x" not in text else abs(kept - allowed) <= 21
+    # Blocks and taps at the edge have fewer entries.
+    assert abs(kept - allowed) <= (21 if pattern.kind in ("block", "taps") else 0)
 
 
 def test_wanda_weighs_by_the_norm_of_the_input() -> None:
