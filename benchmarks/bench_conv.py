@@ -6,7 +6,6 @@ of Inductor and Inductor with freezing, both on the pruned model.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
-from timing import Results, Row, interleave, measure_peak
+from timing import Results, Row, interleave, measure_peak, rounds_of, timed_parser
 from torch import Tensor, nn
 
 import sparsecomp
@@ -156,13 +155,9 @@ def _tensor(output: Any) -> Tensor:
 
 def main() -> None:
     """Run every case, print the table and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds, for a first look")
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = timed_parser(__doc__).parse_args()
+    rounds = rounds_of(arguments)
     target = get_target()
-    rounds = 7 if arguments.quick else 31
     results = Results(
         "conv",
         notes=[

@@ -6,11 +6,10 @@ before and after every case, so that a machine that is slowed for a while does n
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import torch
-from timing import Results, Row, interleave, measure_peak
+from timing import Results, Row, interleave, measure_peak, rounds_of, timed_parser
 from torch.nn import functional
 
 from sparsecomp import Pattern
@@ -113,13 +112,9 @@ def run_case(target: Target, case: Case, threads: int, rounds: int) -> Row:
 
 def main() -> None:
     """Run every case, print the table and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds, for a first look")
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = timed_parser(__doc__).parse_args()
+    rounds = rounds_of(arguments)
     target = get_target()
-    rounds = 7 if arguments.quick else 31
     results = Results(
         "kernels",
         notes=[

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Results, Row, interleave, measure_peak
+from timing import Results, Row, interleave, measure_peak, rounds_of, timed_parser
 from torch import Tensor, nn
 
 import sparsecomp
@@ -188,13 +188,11 @@ def compile_times(tries: int, results: Results) -> None:
 
 def main() -> None:
     """Run the parts, print the table and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds, for a first look")
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
+    parser = timed_parser(__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between (default: all)")
     parser.add_argument("--compile-once", metavar="BACKEND", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    rounds = rounds_of(arguments)
     if arguments.compile_once:
         compile_once(arguments.compile_once)
         return
@@ -202,7 +200,6 @@ def main() -> None:
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
-    rounds = 7 if arguments.quick else 31
     results = Results("models", notes=[f"{arguments.threads} thread(s), {rounds} rounds in turn; medians of ratios"])
     ids = models.token_ids(1, 128)
     bert, minilm = models.bert(), models.minilm()[0]

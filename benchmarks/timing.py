@@ -7,6 +7,7 @@ the ratio of medians taken minutes apart.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -226,3 +227,17 @@ def _short(value: Any) -> str:
         if isinstance(value, float) and abs(value) < 1000
         else str(value if isinstance(value, (str, int)) else round(value))
     )
+
+
+def timed_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks of speed have: `--quick` and `--threads`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds, for a first look")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: 1)")
+    return parser
+
+
+def rounds_of(arguments: argparse.Namespace) -> int:
+    """Set PyTorch's threads as the options of `timed_parser` say; returns the rounds to measure."""
+    torch.set_num_threads(arguments.threads)
+    return 7 if arguments.quick else 31
