@@ -19,6 +19,7 @@ from sparsecomp.options import Options
 from sparsecomp.passes import Pass, PassResult, default_passes, run_passes
 from sparsecomp.planner import SiteChoice, choose, decline, measure
 from sparsecomp.planner.choose import offered_candidates
+from sparsecomp.planner.layouts import SiteCosts, choose_layouts
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.failures import failures_of
 from sparsecomp.skip_planning import PlannedSkip, plan_skips
@@ -191,8 +192,49 @@ def analyse(
         for site in graph.sites:
             analysis.sites.append(_plan_site(site, options, target, autocast, tuner))
         analysis.skips = plan_skips(graph, analysis.sites, options, target, torch.get_num_threads())
+    _settle_layouts(analysis, options, target)
     _leave_lone_depthwise(analysis)
     return analysis
+
+
+def _settle_layouts(analysis: Analysis, options: Options, target: Target) -> None:
+    """Leave sparse convolutions dense whose gain is less than the conversions of layout around them, and name these."""
+    threads = torch.get_num_threads()
+    sites = {
+        planned.site.anchor: planned
+        for planned in analysis.sites
+        if isinstance(planned.site, ConvSite) and planned.site.declined is None and planned.choice.dense_us is not None
+    }
+    costs = {anchor: _layout_costs(planned.choice, options) for anchor, planned in sites.items()}
+    if all(cost.first == float("inf") for cost in costs.values()):
+        return
+    owner = {name: anchor for anchor, planned in sites.items() for name in planned.site.operations}
+    found = choose_layouts(analysis.graph, costs, owner, lambda values: target.layout_us(values, threads))
+    for anchor, planned in sites.items():
+        choice = planned.choice
+        if choice.chosen.is_dense:
+            continue
+        if anchor in found.last:
+            reason = f"dense: beside dense convolutions, whose maps are channels last, {choice.reason} does not pay"
+            planned.choice = replace(choice, chosen=DENSE, reason=f"{reason} for the conversions")
+            continue
+        notes = [
+            f"{'its input' if item.consumer == anchor else 'its output'} of {4e-6 * item.values:.2f} MB changes to "
+            f"{item.to} ({item.us:.0f} us)"
+            for item in found.conversions
+            if anchor in (item.producer, item.consumer)
+        ]
+        planned.choice = replace(choice, reason="; ".join([choice.reason, *notes]))
+
+
+def _layout_costs(choice: SiteChoice, options: Options) -> SiteCosts:
+    """Microseconds channels first and channels last."""
+    dense, chosen = choice.dense_us, choice.chosen_us
+    if choice.chosen.is_dense or dense is None or chosen is None:
+        return SiteCosts(float("inf"), dense or 0.0)
+    asked = options.plan is not None and options.plan.site(choice.name, choice.tokens, choice.maps) is not None
+    # What a plan asks for is not for the layouts to decide.
+    return SiteCosts(chosen, float("inf") if asked else dense)
 
 
 def _leave_lone_depthwise(analysis: Analysis) -> None:

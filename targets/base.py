@@ -265,6 +265,10 @@ class Target(ABC):
         """
         raise ValueError(f"target {self.name} has no kernels that skip at run time")
 
+    def layout_us(self, values: int, threads: int) -> float:
+        """Predicted microseconds to turn maps of so many values from channels first to channels last, or back."""
+        return 0.0
+
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the packed weight as `prepare` gives them, from the facts alone; of dense, those of the weight."""
         if candidate.is_dense:

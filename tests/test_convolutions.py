@@ -10,11 +10,15 @@ import torch
 from kernel_cases import needs_x86
 from models import efficientnet_lite0
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional
 
 import sparsecomp
 from sparsecomp.backend import compilations
 from sparsecomp.planner import Plan
+from sparsecomp.targets.base import Candidate, Problem
+from sparsecomp.targets.x86.cpu import best_level
+from sparsecomp.targets.x86.target import X86Target
 
 pytestmark = needs_x86
 
@@ -203,3 +207,54 @@ def test_efficientnet_lite0_is_dense_with_zeros() -> None:
         expected, given = model(x), compile_model(model)(x)
     assert (given - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert len(compilations()[-1].rewritten) >= 32
+
+
+class Dear(X86Target):
+    """Convolutions take 100 us dense and 60 sparse, a conversion of layout what is said."""
+
+    def __init__(self, us: float) -> None:
+        super().__init__(best_level())
+        self._us = us
+
+    def predict(self, candidate: Candidate, problem: Problem) -> float:
+        return 100.0 if candidate.is_dense else 60.0
+
+    def layout_us(self, values: int, threads: int) -> float:
+        return self._us
+
+
+@pytest.mark.parametrize(("us", "sparse"), [(15.0, True), (25.0, False)])
+def test_conversions_of_layout_count_and_are_shown(us: float, sparse: bool) -> None:
+    model = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)), nn.Flatten())
+    sparsecomp.sparsify_(model, "unstructured@0.9", filter_fn=lambda _, name: name == "1")
+    x = torch.randn(1, 16, 25, 25)
+    _, middle, _ = sparsecomp.explain(model, x, options={"target": Dear(us)})
+    assert middle.chosen.is_dense != sparse
+    if sparse:
+        assert "its input of 0.04 MB changes to channels first (15 us)" in middle.reason
+        assert "its output of 0.04 MB changes to channels last (15 us)" in middle.reason
+    else:
+        assert middle.reason.startswith("dense: beside dense convolutions, whose maps are channels last, conv[")
+    # What a plan asks for is done.
+    _, middle, _ = sparsecomp.explain(model, x, options={"target": Dear(us), **forced("1")})
+    assert not middle.chosen.is_dense
+
+
+def test_layouts_change_only_beside_dense_convolutions() -> None:
+    """One conversion on either side of a dense convolution, fused with the activation and the pooling there."""
+    layers = [nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1)]
+    model = nn.Sequential(*layers, nn.Hardswish(), nn.Conv2d(16, 16, 1)).eval()
+    sparsecomp.sparsify_(model, "unstructured@0.9", filter_fn=lambda _, name: name != "3")
+    x = torch.randn(1, 16, 28, 28)
+    with torch.no_grad():
+        given, (code,) = run_and_get_code(compile_model(model, options=forced("0", "1", "5")), x)
+        same(given, model(x))
+    calls = [line for line in code.splitlines() if "ops.sparsecomp.conv" in line and "=" in line and "#" not in line]
+    assert len(calls) == 3
+    last = [
+        line.partition("=")[0].strip()
+        for line in code.splitlines()
+        if "empty_strided_cpu((1, 16, 14, 14), (3136, 1" in line
+    ]
+    assert len(last) == 1  # the pooled maps, for the dense convolution
+    assert not [line for line in code.splitlines() if "empty_strided_cpu((1, 16, 28, 28), (12544, 1" in line]

@@ -107,6 +107,7 @@ def calibrate(seconds: float = _SECONDS, level_name: str | None = None) -> Resul
             result.errors[name] = left_out_error(counted, taken)
         _activation_prices(chosen, prices)
         prices["convert"] = {"value": _convert_price()}
+        prices["layout"] = {"value": _layout_price()}
     finally:
         torch.set_num_threads(threads)
     result.seconds = time.perf_counter() - start
@@ -244,3 +245,11 @@ def _convert_price() -> float:
     """Nanoseconds to widen one bfloat16 value and to narrow it again."""
     x = torch.randn(256, 1024).bfloat16()
     return 1e9 * median_seconds(lambda: x.float().bfloat16()) / x.numel()
+
+
+def _layout_price() -> float:
+    """Nanoseconds for each value of maps that are turned to channels last, or back."""
+    first = torch.randn(1, 256, 28, 28)
+    last = first.to(memory_format=torch.channels_last, copy=True)
+    both = median_seconds(lambda: last.copy_(first)) + median_seconds(lambda: first.copy_(last))
+    return 0.5e9 * both / first.numel()

@@ -88,6 +88,10 @@ class X86Target(Target):
             micros += 1e-3 * moved * self._coefficients["convert"]["value"] / problem.threads
         return micros
 
+    def layout_us(self, values: int, threads: int) -> float:
+        """See `Target.layout_us`."""
+        return 1e-3 * values * self._coefficients["layout"]["value"] / threads
+
     def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
         """See `Target.prepare`."""
         # Every weight is unstructured: nothing has to be looked at.
