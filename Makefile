@@ -37,6 +37,7 @@ bench: $(STAMPS)/dev
 	$(PY) benchmarks/bench_kernels.py $(BENCH_ARGS)
 	$(PY) benchmarks/bench_models.py $(BENCH_ARGS)
 	$(PY) benchmarks/bench_conv.py $(BENCH_ARGS)
+	$(PY) benchmarks/bench_conv_quality.py
 	$(PY) benchmarks/bench_cost_model.py $(BENCH_ARGS)
 	$(PY) benchmarks/bench_onnx.py $(BENCH_ARGS)
 	$(PY) benchmarks/write_results.py

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("kernels", "models", "conv", "cost_model", "pruning", "planner", "onnx")
+NAMES = ("kernels", "models", "conv", "conv_quality", "cost_model", "pruning", "planner", "generate", "onnx")
 
 HEAD = """# Results
 
@@ -31,7 +31,7 @@ def section(content: dict[str, Any]) -> str:
         "",
     ]
     rows = content["rows"]
-    if content["name"] == "pruning":
+    if content["name"] in ("pruning", "conv_quality"):
         return "\n".join(lines + pruning_tables(rows))
     lines += ["| case | value | unit | goal | verdict | details |", "| --- | ---: | --- | ---: | --- | --- |"]
     # Of a long grid only the summary is for people; the JSON has all.
@@ -56,7 +56,8 @@ def pruning_tables(rows: list[dict[str, Any]]) -> list[str]:
             (row["details"]["pattern"], row["details"]["method"]): row for row in own if "pattern" in row["details"]
         }
         methods = list(dict.fromkeys(method for _, method in cells))
-        lines += [f"{model}, {own[0]['unit']}{dense}; in brackets what was to be reached:", ""]
+        goals = "; in brackets what was to be reached" if any(row["goal"] is not None for row in own) else ""
+        lines += [f"{model}, {own[0]['unit']}{dense}{goals}:", ""]
         lines += [f"| pattern | {' | '.join(methods)} |", f"| --- |{' ---: |' * len(methods)}"]
         for pattern in dict.fromkeys(pattern for pattern, _ in cells):
             texts = []

