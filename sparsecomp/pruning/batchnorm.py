@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,8 +103,11 @@ class FollowingNorms:
         self._model, self._batches = model, batches
         self._before = batch_moments(model, batches)
 
-    def move(self) -> None:
+    def move(self, but: Collection[nn.Module] = ()) -> None:
         """Change the stored statistics to those for the weights as they are now.
+
+        Args:
+            but: batch norms that stay as they are.
 
         Raises:
             ValueError: values are not finite now; nothing has changed then.
@@ -113,6 +116,8 @@ class FollowingNorms:
         norms = batchnorms(self._model)
         for name in now.keys() & self._before.keys():
             norm, (mean, variance), (mean0, variance0) = norms[name], now[name], self._before[name]
+            if norm in but:
+                continue
             running_mean, running_var = _statistics(norm)
             ratio = torch.where(variance0 > 0, variance / variance0, 1.0)
             running_mean.copy_(mean + (running_mean - mean0) * ratio.sqrt())

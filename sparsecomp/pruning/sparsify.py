@@ -95,7 +95,7 @@ def sparsify_(
             if norms is not None:
                 for norm in batchnorms(model).values():
                     job.undo.keep(*norm.buffers())
-                norms.move()
+                norms.move(but=job.settled)
     except BaseException:
         job.undo.restore()
         raise
@@ -163,6 +163,8 @@ class _Job:
         settings: Reconstruction | None,
     ) -> None:
         self.undo = _Undo()
+        # Batch norms of reconstructed blocks, whose weights were tuned to their statistics.
+        self.settled: set[nn.Module] = set()
         self._model = model
         self._patterns = patterns
         self._rule = rule
@@ -215,6 +217,8 @@ class _Job:
     def _prune_part(self, part: Part, sites: Sequence[Site]) -> None:
         # A site that shares its weight with one of an earlier part finds it pruned.
         sites = [site for site in sites if id(site.weight) not in self._masks]
+        within = batchnorms(part.module) if part.targets is not None else {}
+        norms = FollowingNorms(part.module, part.calls) if within else None
         if self._rule.needs != "gram":
             self.prune(sites, self._known)
         else:
@@ -233,6 +237,10 @@ class _Job:
             log.warning("pruning: %d sites outside of the blocks are not reconstructed", len(sites))
             return
         self.undo.keep(*part.module.parameters())
+        if norms is not None:
+            self.undo.keep(*(buffer for norm in within.values() for buffer in norm.buffers()))
+            norms.move()
+            self.settled |= set(within.values())
         masks = {site.weight: self._masks[id(site.weight)] for site in sites}
         before, after = reconstruct_block(part.module, masks, part.calls, part.targets, settings=self._settings)
         log.info("pruning: reconstruction of %s: relative error %.4f, before %.4f", part.name, after, before)
