@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,36 +17,35 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from sparsecomp.analysis import SiteChooser
-from sparsecomp.frontends.onnx import Overlay, build
+from sparsecomp.frontends.onnx import build
 from sparsecomp.frontends.onnx_apply import Replacement, apply
 from sparsecomp.frontends.onnx_fallback import OLDEST_OPSET, Variant
 from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_module import OnnxModule
-from sparsecomp.frontends.onnx_norm import fold_norm, folds
+from sparsecomp.frontends.onnx_norm import fold_norm
 from sparsecomp.frontends.onnx_shapes import infer
 from sparsecomp.frontends.onnx_shrink import Shrunk
 from sparsecomp.frontends.onnx_shrink import shrink as shrink_overlays
 from sparsecomp.frontends.onnx_skip import Skipped, skip_blocks
-from sparsecomp.ir import ConvSite, LinearSite, Site
+from sparsecomp.ir import ConvSite, LinearSite
+from sparsecomp.onnx_choice import Planned, plan_sites
 from sparsecomp.onnx_planning import Calibration, Wish, choose_patterns, prune, read_calibration, with_budget
 from sparsecomp.options import Options
 from sparsecomp.passes import DetectConv, DetectLinear, FuseEpilogue, run_passes
-from sparsecomp.planner import Plan, SiteChoice, decline
+from sparsecomp.planner import Plan
 from sparsecomp.planner.budget import Budget
 from sparsecomp.pruning.criterion import criterion_named
 from sparsecomp.report import Report
-from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.ort_library import OrtForm, OrtOperation
 from sparsecomp.runtime.ort_library import build as build_library
 from sparsecomp.skipping.forms import SkipForm
-from sparsecomp.targets.base import DENSE, Candidate, Target, WeightFacts
+from sparsecomp.targets.base import Target
 from sparsecomp.window import Maps, Window
 
 if TYPE_CHECKING:
     from sparsecomp.runtime.ort_timing import Timing
     from sparsecomp.targets.x86.cpu import Level
-    from sparsecomp.targets.x86.ort_target import Forms, LibraryTarget
+    from sparsecomp.targets.x86.ort_target import LibraryTarget
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"
 """What a model may be given as."""
@@ -57,15 +54,6 @@ PLAN_KEY = "ai.sparsecomp.plan"
 """Key of the plan in the metadata of a written model."""
 _EXTERNAL_ABOVE = 1_500_000_000
 """Bytes of constants from which on they go to a file beside the model: protobuf ends at 2 GB."""
-_DTYPES = (torch.float32,)
-
-
-@dataclass(frozen=True)
-class _Planned:
-    overlay: Overlay
-    site: Site
-    choice: SiteChoice
-    forms: Forms | None = None
 
 
 def inspect(
@@ -88,7 +76,7 @@ def inspect(
     """
     parsed, target = _options(options)
     loaded = load(model)
-    return _report(loaded, _plan(loaded, parsed, target, shapes), target)
+    return _report(loaded, plan_sites(loaded, parsed, target, shapes), target)
 
 
 def optimize(
@@ -146,11 +134,11 @@ def optimize(
     if wish.calibration and shapes is None:
         shapes = {name: tuple(value.shape) for name, value in wish.calibration[0].items()}
     skipped = [] if skip is None else _skip(loaded, skip, wish.calibration, shapes)
-    planned = _plan(loaded, parsed, target, shapes)
+    planned = plan_sites(loaded, parsed, target, shapes)
     chosen_under = None
     if budget is not None or (parsed.plan is not None and any(choice.prune for choice in parsed.plan)):
         chosen_under = _prune(loaded, planned, parsed, target, wish, progress)
-        planned = _plan(loaded, parsed, target, shapes)
+        planned = plan_sites(loaded, parsed, target, shapes)
     report = _report(loaded, planned, target)
     report.notes += [str(block) for block in skipped]
     if chosen_under is not None:
@@ -192,7 +180,7 @@ def _wish(model: ir.Model, budget: Budget | None, calibration: Calibration | Non
 
 def _prune(
     model: ir.Model,
-    planned: list[_Planned],
+    planned: list[Planned],
     options: Options,
     target: LibraryTarget,
     wish: Wish,
@@ -307,7 +295,7 @@ def _options(options: Options | Mapping[str, Any] | None) -> tuple[Options, Libr
     return parsed, LibraryTarget(parsed.resolve_target())
 
 
-def _replacement(item: _Planned, level: Level) -> Replacement:
+def _replacement(item: Planned, level: Level) -> Replacement:
     from sparsecomp.targets.x86 import ort
 
     site, candidate = item.site, item.choice.chosen
@@ -362,119 +350,7 @@ def _save(model: ir.Model, path: Path) -> None:
         ir.save(model, path)
 
 
-def _plan(
-    model: ir.Model, options: Options, target: LibraryTarget, shapes: Mapping[str, Sequence[int]] | None
-) -> list[_Planned]:
-    """Find the sites of all graphs of a model and choose what each becomes."""
-    planned: list[_Planned] = []
-    if model.opset_imports.get("", OLDEST_OPSET) < OLDEST_OPSET:
-        return planned
-    taken: dict[str, int] = {}
-    for overlay in build(model, infer(model, shapes)):
-        run_passes(overlay.graph, [DetectLinear(), DetectConv(), FuseEpilogue()])
-        for site in overlay.graph.sites:
-            # A subgraph has names of its own.
-            taken[site.name] = taken.get(site.name, 0) + 1
-            if taken[site.name] > 1:
-                site.name = f"{site.name}#{taken[site.name]}"
-            planned.append(_choose(overlay, site, options, target))
-    return planned
-
-
-def _choose(overlay: Overlay, site: Site, options: Options, target: LibraryTarget) -> _Planned:
-    known = not site.weight.is_meta and site.weight.ndim >= 2 and site.weight.numel() > 0
-    facts = facts_of(site.weight, site.transposed) if known else None
-    reason = _why_dense(overlay, site, options)
-    if reason is not None or facts is None:
-        return _Planned(overlay, site, decline(site, reason or "its weight cannot be read", facts))
-    chooser = SiteChooser(site, target, options)
-    choice = chooser.choice(facts)
-    if choice.chosen.is_dense:
-        return _Planned(overlay, site, choice)
-    asked = None if options.plan is None else options.plan.site(site.name, site.tokens)
-    forced = asked is not None and asked.chosen == choice.chosen
-    if isinstance(site, ConvSite):
-        slower = None if forced else _slower_maps(overlay, site, chooser, facts, target, choice.chosen)
-        forms = None
-    else:
-        forms, slower = _forms(
-            overlay, site, chooser, facts, target, choice, every=asked is not None and forced and asked.tokens == 0
-        )
-        slower = None if forced else slower
-        if len(forms.candidates) > 1:
-            choice = replace(choice, reason=f"{choice.reason}; {forms}")
-    if slower is not None:
-        choice = replace(choice, chosen=DENSE, reason=f"dense: {slower}")
-    return _Planned(overlay, site, choice, forms)
-
-
-def _forms(
-    overlay: Overlay,
-    site: LinearSite,
-    chooser: SiteChooser,
-    facts: WeightFacts,
-    target: LibraryTarget,
-    choice: SiteChoice,
-    *,
-    every: bool,
-) -> tuple[Forms, str | None]:
-    """The forms of a weight, and where a call would be slower than dense.
-
-    `every` says that the chosen form is for every number of tokens.
-    """
-    from sparsecomp.targets.x86.ort_target import Forms, choose_forms, slower_than_dense
-
-    leading = (overlay.graph.operation(site.x).sizes or ())[:-1]
-    if every or all(isinstance(size, int) for size in leading):
-        return Forms((choice.chosen,)), None
-
-    def price(candidate: Candidate, tokens: int) -> float:
-        return target.predict(candidate, chooser.problem(facts, tokens))
-
-    offered = [item.candidate for item in choice.predictions if not item.candidate.is_dense]
-    # What was forced may not be among those that are offered for the sizes of the report.
-    offered = list(
-        dict.fromkeys(
-            [*offered, *(c for c in target.candidates(facts) if c.pattern == choice.chosen.pattern and not c.is_dense)]
-        )
-    )
-    unit = prod(size for size in leading if isinstance(size, int))
-    forms = choose_forms(price, offered, choice.chosen, max(unit, 1))
-    return forms, slower_than_dense(price, forms, max(unit, 1))
-
-
-def _slower_maps(
-    overlay: Overlay, site: ConvSite, chooser: SiteChooser, facts: WeightFacts, target: LibraryTarget, chosen: Candidate
-) -> str | None:
-    """The maps, of those that a call may have, at which a convolution would be slower than dense; None for none."""
-    from sparsecomp.targets.x86.ort_target import slower_maps
-
-    sizes = overlay.graph.operation(site.x).sizes or ()
-    images, height, width = (
-        isinstance(size, str) for size in (sizes[0], sizes[2] if len(sizes) == 4 else 1, sizes[-1])
-    )
-
-    def price(candidate: Candidate, maps: Maps) -> float:
-        return target.predict(candidate, chooser.problem(facts, maps))
-
-    return slower_maps(price, chosen, site.maps, (images, height, width))
-
-
-def _why_dense(overlay: Overlay, site: Site, options: Options) -> str | None:
-    if site.dtype in (torch.float16, torch.bfloat16):
-        dtype = str(site.dtype).removeprefix("torch.")
-        return f"it computes in {dtype}; the operations for ONNX Runtime are float32: convert the model to that"
-    if site.declined is not None:
-        return site.declined
-    if site.dtype not in _DTYPES:
-        return f"it computes in {str(site.dtype).removeprefix('torch.')}; float32 is supported in ONNX Runtime"
-    if isinstance(site, ConvSite) and site.norm is not None and not folds(overlay, site):
-        return "its batch normalisation is computed at each call"
-    rule = options.excluding(site.name)
-    return None if rule is None else f"excluded by {rule!r}"
-
-
-def _report(model: ir.Model, planned: list[_Planned], target: Target) -> Report:
+def _report(model: ir.Model, planned: list[Planned], target: Target) -> Report:
     plan = Plan(target.name, threads=torch.get_num_threads())
     plan.add(item.choice for item in planned)
     opset = model.opset_imports.get("", OLDEST_OPSET)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
@@ -76,12 +77,36 @@ def make_session(model: Path | bytes, library: Path | None, threads: int) -> Any
 
 def product_call(weight: npt.NDArray[np.float32], x: npt.NDArray[np.float32], threads: int) -> Callable[[], Any]:
     """A call of a session with one product, of x `[tokens, I]` with a constant weight `[O, I]`."""
+    constants = {"w": np.ascontiguousarray(weight.T)}
+    return _call([helper.make_node("MatMul", ["x", "w"], ["y"])], x, constants, threads)
+
+
+def conv_chain_call(channels: int, kernel: int, size: int, length: int) -> Callable[[], Any]:
+    """A call of a session, with one thread, with a chain of equal convolutions that keep the size of their maps."""
+    weight = np.random.default_rng(0).standard_normal((channels, channels, kernel, kernel)).astype(np.float32)
+    nodes = [
+        helper.make_node(
+            "Conv",
+            ["x" if at == 0 else f"h{at}", "w"],
+            ["y" if at == length - 1 else f"h{at + 1}"],
+            pads=[kernel // 2] * 4,
+        )
+        for at in range(length)
+    ]
+    x = np.ones((1, channels, size, size), np.float32)
+    return _call(nodes, x, {"w": weight / np.float32(channels * kernel * kernel)}, 1)
+
+
+def _call(
+    nodes: Sequence[onnx.NodeProto], x: npt.NDArray[np.float32], constants: Mapping[str, Any], threads: int
+) -> Callable[[], Any]:
+    """A call of a session with nodes that make y of x."""
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, weight.shape[1]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, weight.shape[0]])],
-        [numpy_helper.from_array(np.ascontiguousarray(weight.T), "w")],
+        list(nodes),
+        "nodes",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * x.ndim)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     session = make_session(model.SerializeToString(), None, threads)

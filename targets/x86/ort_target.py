@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sparsecomp.runtime.ort_library import MOST_FORMS
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts
-from sparsecomp.targets.x86 import calibration, cost, schedules
+from sparsecomp.targets.x86 import calibration, conv_cost, cost, schedules
 from sparsecomp.targets.x86.cpu import LEVELS, Level, caches, level
 from sparsecomp.window import Maps, Window
 
@@ -92,13 +92,23 @@ class LibraryTarget(Target):
 
     def predict(self, candidate: Candidate, problem: Problem) -> float:
         """See `Target.predict`; dense is that of ONNX Runtime."""
-        if problem.window is not None or problem.tokens == 0:
-            return self._target.predict(candidate, problem)
+        if problem.tokens == 0:
+            return 0.0
+        if problem.window is not None:
+            if candidate != DENSE or problem.window.is_depthwise(problem.facts.in_features):
+                return self._target.predict(candidate, problem)
+            # What follows a convolution is part of it there.
+            plain = replace(problem, activation="none", residual=False)
+            return cost.price(self._prices, *conv_cost.quantities(self._machine, DENSE, plain))
         if candidate == FULL:
             return cost.price(self._prices, "full", full_quantities(self._machine, problem))
         if candidate == DENSE:
             return cost.price(self._prices, *cost.quantities(self._machine, candidate, problem))
         return self._target.predict(candidate, problem)
+
+    def reorder_us(self, values: int) -> float:
+        """Predicted microseconds to bring so many values of maps into another layout."""
+        return 1e-3 * values * self._prices["reorder"]["value"]
 
     def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
         """See `Target.prepare`."""

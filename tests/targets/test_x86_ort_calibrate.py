@@ -19,10 +19,12 @@ def test_prices_are_written_and_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SPARSECOMP_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(ort_calibrate, "SHAPES", ((64, 64), (96, 32), (40, 128)))
     monkeypatch.setattr(ort_calibrate, "MEMORY_SHAPES", ((128, 128), (64, 256)))
+    monkeypatch.setattr(ort_calibrate, "CHANNELS", (8, 16))
+    monkeypatch.setattr(ort_calibrate, "MAPS", (7, 14))
     monkeypatch.setattr(ort_calibrate, "_LEAST", 6)
     result = ort_calibrate.calibrate(0.01)
     assert result.path == str(calibration.path_of(LEVEL, "ort"))
-    assert set(result.points) == {"dense_one", "dense_few", "dense", "full"}
+    assert set(result.points) == {"dense_one", "dense_few", "dense", "dense_conv", "full"}
     found = calibration.load(LEVEL, "ort")
     assert found.measured_here
     # The prices of PyTorch are a matter of their own.
