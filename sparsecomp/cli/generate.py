@@ -39,11 +39,14 @@ def generate(
     with errors_for_people():
         set_threads(threads)
         from sparsecomp.skipping.forms import SkipForm
+        from sparsecomp.skipping.generate import CACHES
 
         # What the user gave is checked before a large model is loaded.
         forms = [SkipForm.parse(text) for text in skip or ()]
         if save is not None and len(forms) != 1:
             raise ValueError(f"--save writes one skip plan, but --skip was given {len(forms)} times")
+        if cache not in CACHES:
+            raise ValueError(f"--cache {cache!r}: expected one of {', '.join(CACHES)}")
         rule = _expression(only)
         from sparsecomp.folders import check_length, load_model, load_tokenizer, text_batches
 

@@ -157,7 +157,10 @@ class SkipPlan(Mapping[str, SkipChoice]):
         tensors: dict[str, Tensor] = {}
         entries = []
         for number, choice in enumerate(self.choices.values()):
-            held = {name: value.float().contiguous() for name, value in _tensors(choice)}
+            # Copies: linears that share an input share their scale, and the format has no shared memory.
+            held = {
+                name: value.float().clone(memory_format=torch.contiguous_format) for name, value in _tensors(choice)
+            }
             tensors.update({f"{number}.{name}": value for name, value in held.items()})
             threshold = choice.threshold
             entries.append(

@@ -69,6 +69,13 @@ def test_a_plan_is_read_back_as_saved(tmp_path: Path) -> None:
         torch.testing.assert_close(other.low_rank, choice.low_rank)
 
 
+def test_choices_that_share_a_scale_are_saved(tmp_path: Path) -> None:
+    scale = torch.rand(4)
+    form = SkipForm.parse("input:0.5")
+    SkipPlan.of([SkipChoice(name, form, 0.1, scale) for name in "ab"]).save(tmp_path / "skip.json")
+    assert all(torch.equal(choice.scale, scale) for choice in SkipPlan.load(tmp_path / "skip.json").values())
+
+
 def test_a_plan_without_tensors_leaves_no_tensor_file_of_an_earlier_one(tmp_path: Path) -> None:
     _plan().save(tmp_path / "skip.json")
     SkipPlan.of([SkipChoice("d.mlp", SkipForm("relu"))]).save(tmp_path / "skip.json")
