@@ -1,6 +1,6 @@
 """ONNX models in ONNX Runtime: the optimised file with its library, and without, over the original on the same zeros.
 
-`python benchmarks/bench_onnx.py [--quick] [--only bert,nsfw,paraphrase,overhead]`; `make bench` runs it.
+`python benchmarks/bench_onnx.py [--quick] [--only bert,sizes,nsfw,paraphrase,overhead]`; `make bench` runs it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import onnx_cases as cases  # noqa: E402 -- lies with the tests, which use it more
 
-PARTS = ("bert", "nsfw", "paraphrase", "overhead")
+PARTS = ("bert", "sizes", "nsfw", "paraphrase", "overhead")
 BERT_GOALS = {0.8: 2.8, 0.9: 4.2}
 WITHOUT_LIBRARY = 0.95
 TOLERANCE = 1e-4
 CHAIN = 200
+TOKENS = (1, 2, 3, 4, 6, 8, 11, 12, 16, 24, 32, 64, 128)
 
 
 class _Encoder:
@@ -127,6 +128,25 @@ def compare(
     results.add(Row(f"{name}, without the library", without, "x ONNX Runtime", WITHOUT_LIBRARY))
 
 
+def sizes(share: float, rounds: int, results: Results) -> None:
+    """One file, chosen for 128 tokens, at every number of tokens over the original: the slowest counts."""
+    model = bert(share, layers=2)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "model.onnx"
+        sparsecomp.onnx.optimize(model, output, shapes={"x": [1, 128, 768]})
+        original, ours = cases.session(model), cases.session(output, sparsecomp.onnx.library_of(output))
+        speedups = {}
+        for tokens in TOKENS:
+            x = np.random.default_rng(0).standard_normal((1, tokens, 768)).astype(np.float32)
+            calls = {"original": lambda x=x: original.run(None, {"x": x}), "ours": lambda x=x: ours.run(None, {"x": x})}
+            speedups[tokens] = interleave(calls, rounds=rounds).speedup("ours", over="original")
+    details = {f"at {tokens}": speedup for tokens, speedup in speedups.items()}
+    name = (
+        f"BERT-base, 2 layers, chosen for 128 tokens, unstructured@{share}, slowest of {len(TOKENS)} numbers of tokens"
+    )
+    results.add(Row(name, min(speedups.values()), "x ONNX Runtime", 1 / 1.03, details=details))
+
+
 def overhead(rounds: int, results: Results) -> None:
     """What a call of one of the operations costs beyond one of a built-in MatMul, both of 16 by 16."""
     weight = cases.sparse_array(16, 16, density=0.2) / 4
@@ -168,6 +188,9 @@ def main() -> None:
             x = generator.standard_normal((1, 128, 768)).astype(np.float32)
             name = f"BERT-base, 6 layers, 128 tokens, unstructured@{share}"
             compare(name, bert(share), {"x": x}, goal, rounds, results)
+    if "sizes" in chosen:
+        for share in (0.5, 0.8, 0.9):
+            sizes(share, rounds, results)
     if "nsfw" in chosen:
         x = (generator.random((1, 224, 224, 3)) * 255 - 110).astype(np.float32)
         compare(
