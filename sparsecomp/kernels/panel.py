@@ -18,6 +18,7 @@ from sparsecomp.patterns.panel import PanelWeight
 
 WEIGHTS = ("float32", "int32", "int32")  # values, columns, ptr
 DIMS = ("tokens", "inputs", "outputs", "group", "splits")
+_FEW_TOKENS = 4
 SCRATCH_FLOATS = 16
 """Scratch of one thread: one vector of the last panel of an odd number of outputs."""
 
@@ -110,7 +111,9 @@ def _tile(
     ]
     with tir.loop(end - begin) as step:
         column = tir.bind(args["w1"][begin + step])
-        tir.prefetch(args["w0"], fetch[0] + step * fetch[1])
+        # With few tokens the loop is bound by memory anyway, and the processor sees by itself what comes next.
+        if schedule.tokens > _FEW_TOKENS:
+            tir.prefetch(args["w0"], fetch[0] + step * fetch[1])
         weight = [tir.bind(tir.load(args["w0"], starts[v] + step * schedule.width, lanes)) for v in range(vectors)]
         for t in range(schedule.tokens):
             activation = tir.bind(tir.splat(args["x"][sources[t] + column], lanes))
