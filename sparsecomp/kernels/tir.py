@@ -303,12 +303,12 @@ def transpose(vectors: Sequence[Expr]) -> list[Expr]:
     halves = [list(range(lanes // 2)) + list(range(lanes, lanes + lanes // 2))]
     halves.append([i + lanes // 2 for i in halves[0]])
     if blocks == 2:
-        return [bind(shuffle(rows[i], rows[i + 4], half)) for half in halves for i in range(4)]
+        return [bind(shuffle(rows[i], rows[i + 4], order)) for order in halves for i in range(4)]
     every = [[i for b in range(odd, 2 * blocks, 2) for i in range(4 * b, 4 * b + 4)] for odd in (0, 1)]
     result = []
-    for half in halves:
-        low = [bind(shuffle(rows[i], rows[i + 4], half)) for i in range(4)]
-        high = [bind(shuffle(rows[i + 8], rows[i + 12], half)) for i in range(4)]
+    for half_order in halves:
+        low = [bind(shuffle(rows[i], rows[i + 4], half_order)) for i in range(4)]
+        high = [bind(shuffle(rows[i + 8], rows[i + 12], half_order)) for i in range(4)]
         result += [bind(shuffle(low[i], high[i], picked)) for picked in every for i in range(4)]
     return result
 
