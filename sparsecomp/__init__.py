@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparsecomp.checkpoints import load_checkpoint as load_checkpoint
     from sparsecomp.checkpoints import save_checkpoint as save_checkpoint
     from sparsecomp.dryrun import explain as explain
+    from sparsecomp.exporting.api import export as export
     from sparsecomp.options import Options as Options
     from sparsecomp.patterns import Pattern as Pattern
     from sparsecomp.planner import Plan as Plan
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "calibrate_skips",
     "explain",
+    "export",
     "freeze_masks",
     "load_checkpoint",
     "plan",
@@ -53,6 +55,7 @@ _HOMES = {
     "calibrate_skips": "sparsecomp.skipping",
     # Not in a module of its own name: importing that would put the module where the function belongs.
     "explain": "sparsecomp.dryrun",
+    "export": "sparsecomp.exporting.api",
     "freeze_masks": "sparsecomp.pruning",
     "load_checkpoint": "sparsecomp.checkpoints",
     "plan": "sparsecomp.planning",

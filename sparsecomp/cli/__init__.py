@@ -1,4 +1,4 @@
-"""The command line: `info`, `calibrate`, `explain`, `plan` and `prune` FOLDER, `inspect`, `optimize` and `bench` MODEL.
+"""The command line: `info`, `calibrate`, `explain`, `plan`, `prune`, `inspect`, `optimize`, `export` and `bench`.
 
 torch and the targets are imported inside the commands, so that help is there at once.
 """
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from sparsecomp.cli.export import export
 from sparsecomp.cli.generate import generate
 from sparsecomp.cli.machine import calibrate, info
 from sparsecomp.cli.onnx import bench, inspect, optimize
@@ -39,7 +40,7 @@ def main(
     """Sparse neural networks, faster on the hardware that people have."""
 
 
-for command in (info, calibrate, explain, plan, prune, inspect, optimize):
+for command in (info, calibrate, explain, plan, prune, inspect, optimize, export):
     app.command()(command)
 
 

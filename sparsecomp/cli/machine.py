@@ -32,9 +32,20 @@ def info(
             print(f"{label:8} {value}")
 
 
-def calibrate() -> None:
+def calibrate(
+    results: Annotated[
+        Path | None,
+        typer.Option("--from", help="Take what an exported package measured on a board (its --results) instead."),
+    ] = None,
+) -> None:
     """Measure this machine for the cost model, in about a minute; the result is kept in the cache folder."""
     with errors_for_people():
+        if results is not None:
+            from sparsecomp.targets.arm.calibration import calibrate_from
+
+            for family, (factor, calls) in calibrate_from(results).items():
+                print(f"{family:10} takes {factor:.2f} times what was counted (median of {calls} calls)")
+            return
         from sparsecomp.targets.x86.calibrate import calibrate as measure
 
         print("measuring; other work on the machine would spoil the result ...", file=sys.stderr)

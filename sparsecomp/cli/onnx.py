@@ -37,7 +37,7 @@ def inspect(
     """Print the sites of an ONNX model: zeros, patterns, what each would gain on this machine, and why not."""
     with errors_for_people():
         set_threads(threads)
-        sizes = _sizes(shape)
+        sizes = sizes_of(shape)
         options = {"target": target, "plan": plan, "exclude": exclude}
         report = _api().inspect(model, options=options, shapes=sizes)
     print(report)
@@ -85,7 +85,7 @@ def optimize(
     """
     with errors_for_people():
         set_threads(threads)
-        sizes = _sizes(shape)
+        sizes = sizes_of(shape)
         if portable:
             others = (target, plan, max_quality_loss, max_latency, speedup, criterion)
             if exclude or any(given is not None for given in others):
@@ -131,7 +131,7 @@ def bench(
     """Time an ONNX model in ONNX Runtime beside its optimised form, with the library and without."""
     with errors_for_people():
         set_threads(threads)
-        sizes = _sizes(shape)
+        sizes = sizes_of(shape)
         options = {"target": target, "plan": plan, "exclude": exclude}
         timings = _api().bench(model, options=options, shapes=sizes, rounds=rounds)
     print(f"{'':32} {'ms':>9} {'speed-up':>9} {'difference':>11} {'load ms':>9}")
@@ -149,7 +149,12 @@ def _api() -> Any:
     return sparsecomp.onnx
 
 
-def _sizes(given: list[str] | None) -> dict[str, list[int]]:
+def sizes_of(given: list[str] | None) -> dict[str, list[int]]:
+    """The sizes that `--shape` gives, by the name of an input.
+
+    Raises:
+        ValueError: a text has another form.
+    """
     sizes: dict[str, list[int]] = {}
     for text in given or []:
         name, _, numbers = text.rpartition("=")

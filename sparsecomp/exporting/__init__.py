@@ -1,0 +1,1 @@
+"""Export: whole models as packages of C, objects and weights for a board; `sparsecomp.export`."""

@@ -1,0 +1,198 @@
+"""`sparsecomp.export`: a model becomes a package of C, objects and weights that runs on a board by itself."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from sparsecomp.exporting.emit import Sizes, labelled, package
+from sparsecomp.exporting.lowering import lower
+from sparsecomp.exporting.sites import FoundSite, find_sites, output_shape, pack_sites, replace_sites
+from sparsecomp.frontends.onnx_load import load
+from sparsecomp.frontends.onnx_shapes import infer
+from sparsecomp.kernels import tir
+from sparsecomp.options import Options
+from sparsecomp.planner import Plan
+from sparsecomp.report import Report
+from sparsecomp.runtime.cache import built_file, key_of
+from sparsecomp.runtime.launch import KernelSource, key_of_kernel
+from sparsecomp.targets.arm.cpu import cpu, host_level
+from sparsecomp.targets.arm.kernels import sources_of
+from sparsecomp.targets.arm.target import ArmTarget
+
+DEFAULT_CPU = "cortex-a76"
+_TARGETS = ("arm", "host")
+_MOST_THREADS = 64
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model | nn.Module | torch.export.ExportedProgram"
+"""What a model may be given as."""
+
+
+def export(
+    model: Source,
+    inputs: Sequence[Any] | None = None,
+    *,
+    output: str | os.PathLike[str],
+    target: str = "arm",
+    cpu_name: str = DEFAULT_CPU,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+    threads: int = 1,
+    ram: int | str | None = None,
+    flash: int | str | None = None,
+) -> Report:
+    """Write a package that runs a model on a board, without Python, torch or TVM.
+
+    Args:
+        model: an ONNX model (path or in memory), a program of `torch.export` (or the path of its .pt2 file), or a
+            module, which is exported with `inputs`.
+        inputs: example inputs of a module.
+        output: the folder to write; what lies in it from an export before is replaced.
+        target: `arm`; or `host` for the same code built for this x86-64 machine, to test it.
+        cpu_name: the board's CPU, one of `sparsecomp.targets.arm.cpu_names()`; of `host` the one that is planned for.
+        shapes: sizes of inputs by name; what a model leaves open is 1 first, then 128, and 224 for images.
+        options: `plan`, `patterns` and `exclude` as for `torch.compile`.
+        threads: most that a call uses, where the package is built with OpenMP.
+        ram: bytes that the package may take at run time, also as "512K" or "4M".
+        flash: bytes that weights and kernels may take.
+
+    Returns:
+        What was chosen for every site; its notes say what the package takes.
+
+    Raises:
+        ValueError: the model, an option, the CPU or a size is bad, an operation cannot be exported (the message names
+            node and file), or the package is larger than `ram` or `flash`. Nothing is written.
+        FileNotFoundError: there is no such file.
+        OSError: the folder cannot be written.
+    """
+    if target not in _TARGETS:
+        raise ValueError(f"unknown target {target!r} to export for; the targets are {', '.join(_TARGETS)}")
+    if not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"threads must be 1 to {_MOST_THREADS}, given {threads}")
+    limits = _bytes("ram", ram), _bytes("flash", flash)
+    arm = ArmTarget(cpu(cpu_name))
+    level = arm.cpu.level if target == "arm" else host_level()
+    parsed = Options.parse(options)
+    loaded, title = _load(model, inputs)
+    sizes = infer(loaded, shapes).inputs
+    found = find_sites(loaded, sizes, arm, parsed)
+    report = _report(found, arm, threads)
+    packed = pack_sites(found, arm, level, threads)
+    replace_sites(loaded, [item for item, _ in packed])
+    sites = [site for _, site in packed]
+
+    def shape_of(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return output_shape(packed[index][0].site, shape)
+
+    program = lower(ir.to_proto(loaded), sizes, shape_of, level.tvm_target, title)
+    labelled(program, sites)
+    objects = _objects(sources_of([site.call for site in sites]))
+    made = package(program, sites, objects, threads, title, level.name)
+    _check_fits(made.sizes, *limits)
+    made.files["plan.json"] = report.plan.to_json().encode()
+    _write(made.files, Path(output))
+    report.notes.append(f"{made.sizes.ram} bytes of RAM, {made.sizes.flash} bytes of weights and kernels")
+    return report
+
+
+def _load(model: Source, inputs: Sequence[Any] | None) -> tuple[ir.Model, str]:
+    """The model as ONNX, and what it is called."""
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+        if path.suffix != ".pt2":
+            return load(path), path.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file; give the path of a program of torch.export")
+        try:
+            return _from_torch(torch.export.load(path), None), path.name
+        except (RuntimeError, OSError, KeyError) as error:
+            raise ValueError(f"{path} is no program of torch.export: {error}") from error
+    if isinstance(model, (onnx.ModelProto, ir.Model)):
+        return load(model), "the model"
+    if isinstance(model, nn.Module) and inputs is None:
+        raise ValueError("a module is exported with example inputs: sparsecomp.export(model, inputs, output=...)")
+    return _from_torch(model, inputs), type(model).__name__
+
+
+def _from_torch(model: nn.Module | torch.export.ExportedProgram, inputs: Sequence[Any] | None) -> ir.Model:
+    """A module or an exported program as ONNX, by PyTorch's exporter."""
+    with torch.no_grad():
+        made = torch.onnx.export(model, tuple(inputs) if inputs is not None else (), dynamo=True, verbose=False)
+    if made is None:
+        raise ValueError(f"PyTorch's ONNX exporter gave nothing for {type(model).__name__}")
+    return load(made.model_proto)
+
+
+def _report(found: Sequence[FoundSite], target: ArmTarget, threads: int) -> Report:
+    plan = Plan(target.name, threads=threads)
+    plan.add(item.choice for item in found)
+    return Report(plan, target.description)
+
+
+def _objects(sources: Sequence[KernelSource]) -> dict[str, tuple[bytes, str]]:
+    """Object code and assembly of kernels, from the cache where it has them."""
+    made: dict[str, tuple[bytes, str]] = {}
+    for source in sources:
+        assembly = built_file(key_of("assembly", key_of_kernel(source)), ".s", functools.partial(_assembly, source))
+        code = built_file(key_of("object", key_of_kernel(source)), ".o", functools.partial(_object, source))
+        made[source.name] = code.read_bytes(), assembly.read_text(encoding="utf-8")
+    return made
+
+
+def _object(source: KernelSource, folder: Path) -> Path:
+    path = folder / "kernel.o"
+    path.write_bytes(tir.compile_object(source.build(), source.name, dict(source.target))[0])
+    return path
+
+
+def _assembly(source: KernelSource, folder: Path) -> Path:
+    path = folder / "kernel.s"
+    path.write_text(tir.compile_object(source.build(), source.name, dict(source.target))[1], encoding="utf-8")
+    return path
+
+
+def _bytes(name: str, given: int | str | None) -> int | None:
+    if given is None:
+        return None
+    found = re.fullmatch(r"(\d{1,15})([KMG]?)", str(given).upper().removesuffix("B").removesuffix("I"))
+    if not found or int(found[1]) == 0:
+        raise ValueError(f"{name} must be a number of bytes such as 65536, 512K or 4M; given {given!r}")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def _check_fits(sizes: Sizes, ram: int | None, flash: int | None) -> None:
+    parts = []
+    for name, taken, most in (("RAM", sizes.ram, ram), ("flash", sizes.flash, flash)):
+        if most is not None and taken > most:
+            parts.append(f"it takes {taken} bytes of {name}, {taken - most} more than the {most} given")
+    if parts:
+        raise ValueError(f"the package does not fit: {'; '.join(parts)}")
+
+
+def _write(files: Mapping[str, bytes], output: Path) -> None:
+    """Write the files into a folder beside, then each to its place: a failure leaves no half of a file."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give the path of a folder")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".sparsecomp.", dir=output) as folder:
+        for name, content in files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        (output / "kernels").mkdir(exist_ok=True)
+        for old in (output / "kernels").iterdir():
+            if old.suffix in (".o", ".s"):
+                old.unlink()
+        for name in files:
+            os.replace(Path(folder) / name, output / name)

@@ -1,0 +1,159 @@
+"""The cost model of ARM CPUs: cycles of the generated loops by llvm-mca, and bytes that come from memory.
+
+No board is at hand when a model is exported, so a prediction is counted: rounds of each inner loop times its cycles
+(`cycles.json`), what surrounds the loops (estimates, below), and the time that memory takes for weights beyond the L2
+cache. `sparsecomp calibrate --from results.json` scales each family by what a board measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from sparsecomp.kernels.conv_geometry import Geometry
+from sparsecomp.kernels.depthwise import Layout
+from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmCpu
+from sparsecomp.targets.arm.kernels import DENSE_V, panel_schedule, panel_tile
+from sparsecomp.targets.base import Candidate, Problem
+from sparsecomp.targets.x86 import conv_schedules, schedules
+from sparsecomp.targets.x86.cost import ACTIVATION_COST, shared_columns
+
+# Cycles, counted from the code that is generated around the loops.
+_QUAD = 14.0  # reading the fields of a quad, two branches that are often mispredicted
+_SUM = 1.5  # a vector of sums that leaves and returns
+_TRANSPOSED = 0.6  # a value that is transposed in or out
+_STORED = 0.5  # an output with its bias
+_PACKED = 1.5  # a vector of a convolution's tile
+_MASKED = 2.0  # the same with a mask
+_OPENED = 1.0  # a value of a map that is taken apart
+_ACTIVATION = 5.0  # a vector of SiLU
+_LINE_MISS = 40.0  # a call
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cycles of the thread that has most to do, and bytes that come from memory."""
+
+    cycles: float
+    nbytes: float
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(resources.files(__package__).joinpath("cycles.json").read_text())
+    return content
+
+
+def llvm_mca_version() -> str:
+    """The version that gave the cycles."""
+    version: str = _table()["llvm_mca"]
+    return version
+
+
+def loop_cycles(cpu: ArmCpu, loop: str) -> float:
+    """Cycles of one round of an inner loop, see `sparsecomp.targets.arm.mca.loops_of`."""
+    return float(_table()["cpus"][cpu.name][loop][2])
+
+
+def fmla_share(cpu: ArmCpu, loop: str) -> float:
+    """Multiply-adds of an inner loop as a share of those that the CPU could start in its cycles."""
+    fmla, _, cycles = _table()["cpus"][cpu.name][loop]
+    return float(fmla / (cpu.fmla * cycles))
+
+
+def predict_us(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> float:
+    """Microseconds of one call."""
+    cost = _count(cpu, candidate, problem)
+    values = problem.tokens * problem.facts.out_features / problem.threads
+    cycles = cost.cycles + values / LANES * ACTIVATION_COST[problem.activation] * _ACTIVATION + _LINE_MISS
+    return cycles / cpu.ghz / 1e3 + cost.nbytes / cpu.bandwidth / 1e3
+
+
+def _count(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
+    if problem.window is not None:
+        if problem.window.is_depthwise(problem.facts.in_features):
+            return _depthwise(cpu, problem)
+        return _conv(cpu, candidate, problem)
+    return _rows(cpu, problem) if candidate.kernel == "rows" else _panel(cpu, candidate, problem)
+
+
+def _rows(cpu: ArmCpu, problem: Problem) -> Cost:
+    facts, level = problem.facts, cpu.level
+    shape = (facts.out_features, facts.in_features)
+    call = schedules.row_call(level, problem.tokens, shape, problem.threads)
+    block = schedules.row_packing(level, shape, cpu.caches.l1)["block"]
+    quads = math.ceil(shape[0] / 4) * math.ceil(shape[1] / block)
+    passes = call.tiles * call.share(problem.threads)
+    tile = call.variant * LANES
+    cycles = _entries(cpu, facts.nonzeros, facts.density, call.variant) + quads * (_QUAD + 4 * call.variant * _SUM)
+    cycles += (call.splits * shape[1] + shape[0]) * tile * _TRANSPOSED + shape[0] * tile * _STORED
+    return Cost(passes * cycles, _memory(cpu, 6 * facts.nonzeros + 32 * quads, passes))
+
+
+def _entries(cpu: ArmCpu, nonzeros: int, density: float, vectors: int) -> float:
+    """Cycles of the kept entries of a weight, once over all of it."""
+    shared = shared_columns(density) * nonzeros  # loads that are saved: two entries have one
+    return 2 * shared / 8 * loop_cycles(cpu, f"rows_{vectors}.shared") + (nonzeros - 2 * shared) / 4 * loop_cycles(
+        cpu, f"rows_{vectors}.own"
+    )
+
+
+def _panel(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
+    facts = problem.facts
+    v = DENSE_V if candidate.is_dense else dict(candidate.params)["v"]
+    tile = panel_tile(v, problem.tokens)
+    parts = v // (panel_schedule(v, tile).vectors * LANES)
+    panels = math.ceil(facts.out_features / v)
+    columns = panels * facts.in_features if candidate.is_dense else facts.panels[v]
+    tiles = math.ceil(problem.tokens / tile)
+    share = 1 / problem.threads
+    cycles = tiles * (columns * parts * loop_cycles(cpu, f"panel_{v}_{tile}") + panels * parts * _QUAD)
+    cycles += problem.tokens * facts.out_features * _STORED
+    groups = math.ceil(problem.tokens / schedules.GROUP_TOKENS)
+    return Cost(cycles * share, _memory(cpu, columns * 4 * (v + 1), groups))
+
+
+def _conv(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
+    facts, level, window, maps = problem.facts, cpu.level, problem.window, problem.maps
+    if window is None or maps is None:
+        raise ValueError("a convolution is priced for a window and maps, and the problem has none")
+    shape = (facts.out_features, facts.in_features)
+    geometry = Geometry.of(window, maps)
+    rows = (shape[0] // window.groups, window.groups)
+    call = conv_schedules.call(level, geometry, maps.images, rows, ROW_VECTORS, problem.threads, cpu.caches.l2)
+    block = conv_schedules.packing(level, shape, window.groups, ROW_VECTORS, cpu.caches.l1)["block"]
+    blocks = math.ceil(shape[1] / block)
+    passes = call.tiles * call.share(problem.threads)
+    kept = shape[0] * shape[1] if candidate.is_dense else facts.nonzeros
+    density = 1.0 if candidate.is_dense else facts.density
+    quads = math.ceil(rows[0] / 4) * window.groups * blocks
+    packed = call.splits * window.groups * shape[1] * call.vectors
+    cycles = _entries(cpu, kept, density, call.vectors) + quads * (_QUAD + 4 * call.vectors * _SUM)
+    cycles += packed * (_MASKED if geometry.masked else _PACKED) + shape[0] * call.vectors * LANES * _STORED
+    planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)
+    opened = planes * geometry.rows * geometry.pitch * _OPENED / problem.threads if geometry.opened else 0.0
+    return Cost(passes * cycles + opened, _memory(cpu, 6 * kept, passes))
+
+
+def _depthwise(cpu: ArmCpu, problem: Problem) -> Cost:
+    window, maps = problem.window, problem.maps
+    if window is None or maps is None:
+        raise ValueError("a convolution is priced for a window and maps, and the problem has none")
+    layout = Layout.of(window, maps)
+    height, width = window.output(maps.height, maps.width)
+    positions = (height - 1) * layout.pitch + width
+    vectors = conv_schedules.depthwise_vectors(cpu.level, positions)
+    outputs = maps.images * problem.facts.out_features / problem.threads
+    tiles = math.ceil(positions / (vectors * LANES))
+    loops = tiles * window.taps * loop_cycles(cpu, f"depthwise_{vectors}")
+    copied = maps.height * maps.width / LANES * _PACKED + height * width * _STORED
+    return Cost(outputs * (loops + copied), 0.0)
+
+
+def _memory(cpu: ArmCpu, nbytes: float, passes: float) -> float:
+    """Bytes from memory of a weight that is read so many times: all of what half of the L2 cache does not hold."""
+    return nbytes * passes if nbytes > cpu.caches.l2 / 2 else 0.0

@@ -1,0 +1,124 @@
+"""Which ARM CPUs are known, and their schedules: 128-bit vectors in 32 registers, whatever the CPU."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from sparsecomp.targets.x86.cpu import Caches, Level
+
+LANES = 4
+ROW_VECTORS = 4
+"""Vectors of tokens, or positions, for each of the four rows of a quad: 16 sums, and registers for loads ahead."""
+_CHUNK = 192
+_L1_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class ArmLevel(Level):
+    """The schedules' numbers for AArch64, or for the same kernels built for another machine.
+
+    Attributes:
+        triple: of LLVM.
+    """
+
+    triple: str = "aarch64-linux-gnu"
+
+    @property
+    def tvm_target(self) -> dict[str, Any]:
+        """The target as TVM takes it."""
+        target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu}
+        if self.mattr:
+            target["mattr"] = list(self.mattr)
+        return target
+
+
+@dataclass(frozen=True)
+class ArmCpu:
+    """A CPU of `facts.json`.
+
+    Attributes:
+        name: as LLVM calls it.
+        mca: name of its scheduling model in llvm-mca.
+        fmla: 128-bit float32 multiply-adds that a cycle starts.
+        loads: load instructions that a cycle starts.
+        caches: bytes.
+        ghz: clock of the board that the facts are about.
+        bandwidth: GB/s from memory.
+        features: of `fp16`, `dotprod`, `sve` those that it has.
+        board: that the clock and the caches are of.
+    """
+
+    name: str
+    mca: str
+    fmla: int
+    loads: int
+    caches: Caches
+    ghz: float
+    bandwidth: float
+    features: tuple[str, ...]
+    board: str
+
+    @property
+    def level(self) -> ArmLevel:
+        """The schedules for it."""
+        return _level(self.name, "aarch64-linux-gnu")
+
+
+def host_level() -> ArmLevel:
+    """The same schedules, four lanes, for x86-64: to run a package under the sanitizers of the machine at hand."""
+    return _level("x86-64", "x86_64-linux-gnu")
+
+
+def _level(mcpu: str, triple: str) -> ArmLevel:
+    return ArmLevel(
+        name=mcpu,
+        mcpu=mcpu,
+        mattr=(),
+        lanes=LANES,
+        vectors=ROW_VECTORS,
+        chunk=_CHUNK,
+        l1_share=_L1_SHARE,
+        panel_tokens=4,
+        spread="",
+        triple=triple,
+    )
+
+
+@functools.cache
+def _facts() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(resources.files(__package__).joinpath("facts.json").read_text())["cpus"]
+    return content
+
+
+def cpu_names() -> tuple[str, ...]:
+    """The CPUs that are known."""
+    return tuple(_facts())
+
+
+def cpu(name: str) -> ArmCpu:
+    """The CPU of a name.
+
+    Raises:
+        ValueError: it is not known; the message lists those that are.
+    """
+    if name not in _facts():
+        near = difflib.get_close_matches(name, cpu_names(), n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown ARM CPU {name!r}: {hint}The CPUs are {', '.join(cpu_names())}")
+    entry = _facts()[name]
+    return ArmCpu(
+        name=entry["mcpu"],
+        mca=entry["mca"],
+        fmla=entry["fmla"],
+        loads=entry["loads"],
+        caches=Caches(entry["l1"], entry["l2"], entry["l2"]),
+        ghz=entry["ghz"],
+        bandwidth=entry["bandwidth"],
+        features=tuple(feature for feature in ("fp16", "dotprod", "sve") if entry[feature]),
+        board=entry["board"],
+    )
