@@ -59,6 +59,10 @@ def explain(
     return session.report
 
 
+_SHOWN = 3
+"""Names that a note lists."""
+
+
 class _Session:
     """Collects the choices for the graphs that Dynamo finds in one run of a model."""
 
@@ -66,6 +70,7 @@ class _Session:
         self._options, self._target = options, target
         plan = Plan(target.name, threads=torch.get_num_threads())
         self.report = Report(plan, target=target.description or target.name, graphs=0)
+        self._blocks: set[str] = set()
 
     def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """A backend that leaves the graph to eager mode and plans when it runs.
@@ -96,6 +101,8 @@ class _Session:
             analysis = analyse(gm, inputs, self._options, self._target, DebugFolder())
             self.report.plan.sites += analysis.choices
             self._note(analysis.reasons)
+            self._note([f"mixture of experts {block}" for block in analysis.graph.moes])
+            self._blocks |= {ffn.name for ffn in analysis.graph.ffns}
             settle(gm, analysis.expansions)
         except Exception as error:  # noqa: BLE001 -- logged with its traceback
             log.warning("a graph would run dense: its analysis failed", exc_info=True)
@@ -104,6 +111,11 @@ class _Session:
     def finish(self) -> None:
         """Add what only the whole run tells."""
         names = [choice.name for choice in self.report]
+        if unknown := sorted(set(self._options.skip or ()) - set(names) - self._blocks - {""}):
+            more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+            self._note(
+                [f"the skip plan is also for {', '.join(unknown[:_SHOWN])}{more}, which the model does not have"]
+            )
         if len(set(names)) < len(names):
             self._note(["Dynamo compiles parts of the model on their own; names of layers are relative to such a part"])
         if not self.report.graphs:
