@@ -33,6 +33,7 @@ from sparsecomp.targets.arm.target import ArmTarget
 DEFAULT_CPU = "cortex-a76"
 _TARGETS = ("arm", "host")
 _MOST_THREADS = 64
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model | nn.Module | torch.export.ExportedProgram"
@@ -114,15 +115,27 @@ def _load(model: Source, inputs: Sequence[Any] | None) -> tuple[ir.Model, str]:
             return load(path), path.name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file; give the path of a program of torch.export")
-        try:
-            return _from_torch(torch.export.load(path), None), path.name
-        except (RuntimeError, OSError, KeyError) as error:
-            raise ValueError(f"{path} is no program of torch.export: {error}") from error
+        return _from_torch(_load_program(path), None), path.name
     if isinstance(model, (onnx.ModelProto, ir.Model)):
         return load(model), "the model"
     if isinstance(model, nn.Module) and inputs is None:
         raise ValueError("a module is exported with example inputs: sparsecomp.export(model, inputs, output=...)")
     return _from_torch(model, inputs), type(model).__name__
+
+
+def _load_program(path: Path) -> torch.export.ExportedProgram:
+    """A program from a file that need not be trusted: tensors in it are read without unpickling code."""
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # whatever the loader raises for what is no program
+        raise ValueError(f"{path} is no program of torch.export that can be read without pickle: {error}") from error
+    finally:
+        if before is None:
+            del os.environ[_WEIGHTS_ONLY]
+        else:
+            os.environ[_WEIGHTS_ONLY] = before
 
 
 def _from_torch(model: nn.Module | torch.export.ExportedProgram, inputs: Sequence[Any] | None) -> ir.Model:

@@ -18,12 +18,14 @@ from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import Layout
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmCpu
 from sparsecomp.targets.arm.kernels import DENSE_V, panel_schedule, panel_tile
-from sparsecomp.targets.base import Candidate, Problem
+from sparsecomp.targets.base import Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import conv_schedules, schedules
 from sparsecomp.targets.x86.cost import ACTIVATION_COST, shared_columns
 
-# Cycles, counted from the code that is generated around the loops.
+# Cycles of what is around the loops: from the instructions of whole calls less those of the loops (384 to 1536 at 64
+# tokens, counted under QEMU), at three a cycle.
 _QUAD = 14.0  # reading the fields of a quad, two branches that are often mispredicted
+_TILE_SUM = 6.5  # a vector of sums of a panel's register tile: begun, finished and stored
 _SUM = 1.5  # a vector of sums that leaves and returns
 _TRANSPOSED = 0.6  # a value that is transposed in or out
 _STORED = 0.5  # an output with its bias
@@ -70,7 +72,8 @@ def predict_us(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> float:
     cost = _count(cpu, candidate, problem)
     values = problem.tokens * problem.facts.out_features / problem.threads
     cycles = cost.cycles + values / LANES * ACTIVATION_COST[problem.activation] * _ACTIVATION + _LINE_MISS
-    return cycles / cpu.ghz / 1e3 + cost.nbytes / cpu.bandwidth / 1e3
+    # Weights are read in order, far ahead of their use: memory and arithmetic overlap.
+    return max(cycles / cpu.ghz, cost.nbytes / cpu.bandwidth) / 1e3
 
 
 def _count(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
@@ -89,17 +92,18 @@ def _rows(cpu: ArmCpu, problem: Problem) -> Cost:
     quads = math.ceil(shape[0] / 4) * math.ceil(shape[1] / block)
     passes = call.tiles * call.share(problem.threads)
     tile = call.variant * LANES
-    cycles = _entries(cpu, facts.nonzeros, facts.density, call.variant) + quads * (_QUAD + 4 * call.variant * _SUM)
+    cycles = _entries(cpu, facts, call.variant) + quads * (_QUAD + 4 * call.variant * _SUM)
     cycles += (call.splits * shape[1] + shape[0]) * tile * _TRANSPOSED + shape[0] * tile * _STORED
     return Cost(passes * cycles, _memory(cpu, 6 * facts.nonzeros + 32 * quads, passes))
 
 
-def _entries(cpu: ArmCpu, nonzeros: int, density: float, vectors: int) -> float:
+def _entries(cpu: ArmCpu, facts: WeightFacts, vectors: int) -> float:
     """Cycles of the kept entries of a weight, once over all of it."""
-    shared = shared_columns(density) * nonzeros  # loads that are saved: two entries have one
-    return 2 * shared / 8 * loop_cycles(cpu, f"rows_{vectors}.shared") + (nonzeros - 2 * shared) / 4 * loop_cycles(
-        cpu, f"rows_{vectors}.own"
-    )
+    # Entries that are in pairs, one load for both: of random rows some, of neighbours with one pattern all.
+    together = max(2 * shared_columns(facts.density) * facts.nonzeros, 2 * (facts.nonzeros - facts.panels[2]))
+    together = min(together, facts.nonzeros)
+    shared, own = (loop_cycles(cpu, f"rows_{vectors}.{kind}") for kind in ("shared", "own"))
+    return together / 8 * shared + (facts.nonzeros - together) / 4 * own
 
 
 def _panel(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
@@ -111,8 +115,8 @@ def _panel(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
     columns = panels * facts.in_features if candidate.is_dense else facts.panels[v]
     tiles = math.ceil(problem.tokens / tile)
     share = 1 / problem.threads
-    cycles = tiles * (columns * parts * loop_cycles(cpu, f"panel_{v}_{tile}") + panels * parts * _QUAD)
-    cycles += problem.tokens * facts.out_features * _STORED
+    sums = tile * panel_schedule(v, tile).vectors
+    cycles = tiles * (columns * parts * loop_cycles(cpu, f"panel_{v}_{tile}") + panels * parts * sums * _TILE_SUM)
     groups = math.ceil(problem.tokens / schedules.GROUP_TOKENS)
     return Cost(cycles * share, _memory(cpu, columns * 4 * (v + 1), groups))
 
@@ -128,15 +132,16 @@ def _conv(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
     block = conv_schedules.packing(level, shape, window.groups, ROW_VECTORS, cpu.caches.l1)["block"]
     blocks = math.ceil(shape[1] / block)
     passes = call.tiles * call.share(problem.threads)
-    kept = shape[0] * shape[1] if candidate.is_dense else facts.nonzeros
-    density = 1.0 if candidate.is_dense else facts.density
+    if candidate.is_dense:
+        entries = shape[0] * shape[1]
+        facts = WeightFacts(*shape, entries, {**facts.panels, 2: entries // 2}, ())
     quads = math.ceil(rows[0] / 4) * window.groups * blocks
     packed = call.splits * window.groups * shape[1] * call.vectors
-    cycles = _entries(cpu, kept, density, call.vectors) + quads * (_QUAD + 4 * call.vectors * _SUM)
+    cycles = _entries(cpu, facts, call.vectors) + quads * (_QUAD + 4 * call.vectors * _SUM)
     cycles += packed * (_MASKED if geometry.masked else _PACKED) + shape[0] * call.vectors * LANES * _STORED
     planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)
     opened = planes * geometry.rows * geometry.pitch * _OPENED / problem.threads if geometry.opened else 0.0
-    return Cost(passes * cycles + opened, _memory(cpu, 6 * kept, passes))
+    return Cost(passes * cycles + opened, _memory(cpu, 6 * facts.nonzeros, passes))
 
 
 def _depthwise(cpu: ArmCpu, problem: Problem) -> Cost:
