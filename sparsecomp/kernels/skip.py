@@ -28,7 +28,7 @@ from sparsecomp.patterns.gathered import MASK_BITS
 Expr = tir.Expr
 
 DENSE_ROWS = ("float32", "int32", "int32", "int64")  # rows, -, -, counters
-MASKED_ROWS = ("float32", "uint16", "int32", "int64")  # values, masks, ptr, counters
+MASKED_ROWS = ("float32", "uint16", "int32", "int64")  # values, masks, ptr with its end, counters
 COUNTERS = 2
 """Entries of the counters: units that stayed and units that were looked at, summed over tokens and calls."""
 
@@ -328,10 +328,10 @@ class _MaskedRows:
     def vectors(self, v: Expr, lanes: int) -> list[Expr]:
         found = []
         for r, start in enumerate(self._masks):
-            mask = tir.bind(tir.cast("int32", self._args["w1"][start + v]))
+            mask = tir.bind(self._args["w1"][start + v])
             at = tir.bind(self._at[r])
             found.append(tir.bind(_expand(self._args, mask, at)))
-            tir.store(self._at, r, at + tir.cast("int64", tir.popcount(mask)))
+            tir.store(self._at, r, at + tir.cast("int64", tir.popcount(tir.cast("int32", mask))))
         return found
 
     def start_rest(self, full: Expr) -> None:
@@ -349,9 +349,9 @@ class _MaskedRows:
 
 
 def _expand(args: tir.Arguments, mask: Expr, at: Expr) -> Expr:
-    lane_bits = tir.vector_of([tir.const(1 << lane, "int32") for lane in range(MASK_BITS)])
-    kept = (tir.splat(mask, MASK_BITS) & lane_bits) != tir.const(0, "int32", MASK_BITS)
-    packed = tir.load(args["w0"], at, MASK_BITS)
+    # The bits are the mask register as it is.
+    kept = tir.reinterpret(f"uint1x{MASK_BITS}", mask)
+    packed = tir.fence(tir.load(args["w0"], at, MASK_BITS), MASK_BITS)
     zero = tir.const(0.0, lanes=MASK_BITS)
     return tir.llvm_call(f"float32x{MASK_BITS}", "llvm.x86.avx512.mask.expand", packed, zero, kept)
 
@@ -392,12 +392,19 @@ def _add_masked(
     """As `_add_dense`; the sums are padded, and the masks have no bits there."""
     outputs = tir.bind(words * MASK_BITS)
     rows_of = _MaskedRows(args, rows, outputs)
-    next_starts = [tir.bind(tir.cast("int64", args["w2"][row])) for row in ahead]
+    starts = [tir.bind(args["w2"][row]) for row in ahead]
+    # Of every row to come as many entries in a step as take its values to their end in the last one.
+    paces = [
+        tir.bind(tir.ceil_div(args["w2"][row + 1] - start, words)) for row, start in zip(ahead, starts, strict=True)
+    ]
+    for row in ahead:
+        # Two cache lines of masks, which are 1024 columns; the hardware finds those that follow.
+        tir.prefetch(args["w1"], row * words)
+        tir.prefetch(args["w1"], row * words + 32)
     with tir.loop(words) as v:
         column = tir.bind(v * MASK_BITS)
-        for start in next_starts:
-            # A row holds about half of its entries: its end is asked for twice, which costs less than a count.
-            tir.prefetch(args["w0"], start + tir.cast("int64", column))
+        for start, pace in zip(starts, paces, strict=True):
+            tir.prefetch(args["w0"], tir.cast("int64", start + v * pace))
         vectors = rows_of.vectors(v, MASK_BITS)
         for t, place in enumerate(sums):
             total = tir.load(args["y"], place + column, MASK_BITS)

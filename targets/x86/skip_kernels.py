@@ -36,7 +36,8 @@ class X86Rows(SkipRows):
             packed = MaskWeight.pack(matrix)
             # The kernel looks at the mask behind the last one.
             masks = np.concatenate([packed.masks.ravel(), np.zeros(1, np.uint16)])
-            weights = Weights([packed.values, masks, packed.ptr])
+            ends = np.append(packed.ptr, np.int32(packed.values.size - _WORD))
+            weights = Weights([packed.values, masks, ends])
             self.pointers: list[int | None] = list(weights.pointers)[:3]
             self.nbytes = weights.nbytes
             self._alive: Any = weights
