@@ -20,6 +20,7 @@ import sparsecomp.onnx
 from sparsecomp.cli import app
 
 W = cases.sparse_array(384, 384, density=0.1)
+LARGE = cases.sparse_array(384, 1536, density=0.05)  # worth it at one token too, on every target and number of threads
 X = np.random.default_rng(5).standard_normal((128, 384)).astype(np.float32)
 runner = CliRunner()
 
@@ -27,7 +28,7 @@ runner = CliRunner()
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
     path = tmp_path / "model.onnx"
-    onnx.save(cases.linear_model(W, np.ones(384, np.float32)), path)
+    onnx.save(cases.linear_model(LARGE, np.ones(1536, np.float32)), path)
     return path
 
 
