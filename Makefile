@@ -22,6 +22,7 @@ demo: $(STAMPS)/demo
 	$(PY) examples/minilm_demo.py
 
 test: $(STAMPS)/dev
+	bash tools/emulator.sh
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMPS)/dev
@@ -56,7 +57,7 @@ $(STAMPS)/demo: $(STAMPS)/venv $(PACKAGING)
 	touch $@
 
 $(STAMPS)/dev: $(STAMPS)/demo
-	$(PIP) -e '.[models,onnx,dev]'
+	$(PIP) -e '.[models,onnx,arm,dev]'
 	touch $@
 
 clean:

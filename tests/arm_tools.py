@@ -1,4 +1,4 @@
-"""Building and running exported packages: for this machine, and for ARM under QEMU. Tests skip where a tool is missing."""
+"""Building and running exported packages, here and on ARM under QEMU; a test skips where a tool is missing."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 
 from sparsecomp.exporting.program import Operand, Program, Step, Tensor
+from sparsecomp.exporting.schedules import scheduled
 
 SITE_OP = "SparsecompSite"
 """Operation that stands for a site in the graph that is given; its attribute `index` is its number."""
@@ -263,6 +264,7 @@ def _compile(tvm: Any, program: Program, module: Any, target: Mapping[str, Any])
         return
     host = tvm.target.Target(dict(target))
     host = host.with_host(host)
+    functions = {variable: scheduled(tvm, function) for variable, function in functions.items()}
     lowered = _lower_functions(tvm, tvm.IRModule(functions), host)
     plain, scratch = {}, {}
     for variable, function in lowered.functions_items():
@@ -328,7 +330,8 @@ def _with_pointers(tvm: Any, function: Any) -> tuple[Any, list[int]]:
 
     def allocated(statement: Any) -> Any:
         buffer = statement.buffer
-        nbytes = prod(int(size) for size in buffer.shape) * np.dtype(str(buffer.dtype)).itemsize
+        scalar, _, lanes = str(buffer.dtype).partition("x")
+        nbytes = prod(int(size) for size in buffer.shape) * np.dtype(scalar).itemsize * int(lanes or 1)
         if nbytes <= _SMALL:
             return statement
         arrays.append(pointer(buffer, f"array_{len(arrays)}"))

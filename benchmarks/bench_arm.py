@@ -1,0 +1,57 @@
+"""What can be said of ARM without a board: instructions under QEMU, and the inner loops by llvm-mca.
+
+`python benchmarks/bench_arm.py`. Needs qemu-aarch64 (Debian's qemu-user), a C compiler here for the plugin that counts,
+and ziglang or aarch64-linux-gnu-gcc.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+import arm_tools  # building and running packages, as the tests do
+import onnx_cases
+
+import sparsecomp
+from sparsecomp.patterns import Pattern
+from sparsecomp.targets.arm import cost
+from sparsecomp.targets.arm.cpu import cpu, cpu_names
+
+PATTERNS = ("dense", "unstructured@0.5", "unstructured@0.75", "unstructured@0.9", "2:4", "4:2:4", "8:2:4", "16:2:4")
+INPUTS, OUTPUTS, TOKENS = 384, 1536, 64
+LOOPS = ("panel_16_4", "panel_16_6", "panel_8_8", "rows_4.shared", "rows_4.own")
+
+
+def instructions(pattern: str, folder: Path) -> tuple[int, str]:
+    """Instructions of one call, and the kernel that was chosen."""
+    weight = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0))
+    if pattern != "dense":
+        weight = Pattern.parse(pattern).project(weight)
+    model = onnx_cases.linear_model(weight.t().contiguous().numpy(), np.zeros(OUTPUTS, np.float32))
+    report = sparsecomp.export(model, output=folder, shapes={"x": [TOKENS, INPUTS]})
+    program = arm_tools.build(folder, arm_tools.cross_compiler())
+    chosen = next(iter(report.plan)).chosen
+    return arm_tools.instructions(program, [np.ones((TOKENS, INPUTS), np.float32)]), str(chosen)
+
+
+def main() -> None:
+    print(f"Linear {INPUTS} to {OUTPUTS}, {TOKENS} tokens, one thread, code for cortex-a76: instructions under QEMU")
+    dense = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for pattern in PATTERNS:
+            count, chosen = instructions(pattern, Path(folder))
+            dense = dense or count
+            print(f"  {pattern:18} {chosen:22} {count / 1e6:8.2f} million  {count / dense:.3f} of dense")
+    print(f"\nMultiply-adds started, of those that the CPU could start, by llvm-mca {cost.llvm_mca_version()}")
+    print(f"  {'':12} " + " ".join(f"{loop:>14}" for loop in LOOPS))
+    for name in cpu_names():
+        print(f"  {name:12} " + " ".join(f"{cost.fmla_share(cpu(name), loop):14.2f}" for loop in LOOPS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Exported packages on ARM, under QEMU: the three models of the tests, and counted instructions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import arm_tools
+import models
+import numpy as np
+import onnx
+import onnx_cases as cases
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import sparsecomp
+from sparsecomp.patterns import Pattern
+
+pytestmark = pytest.mark.arm
+TOLERANCE = 1e-4
+
+
+def check(model: onnx.ModelProto, feeds: dict[str, Any], folder: Path) -> sparsecomp.Report:
+    """Export, run under QEMU, compare with ONNX Runtime on the model with its zeros."""
+    emulator, compiler = arm_tools.emulator(), arm_tools.cross_compiler()
+    shapes = {name: value.shape for name, value in feeds.items()}
+    report = sparsecomp.export(model, output=folder, cpu_name="cortex-a76", shapes=shapes)
+    expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)
+    program = arm_tools.build(folder, compiler)
+    for given, wanted in zip(arm_tools.run(program, list(feeds.values()), expected, emulator), expected, strict=True):
+        cases.close(given, wanted, TOLERANCE)
+    return report
+
+
+def kernels(report: sparsecomp.Report) -> set[str]:
+    return {choice.chosen.kernel for choice in report.plan}
+
+
+def onnx_of(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
+    program = torch.onnx.export(model.eval(), inputs, dynamo=True, verbose=False)
+    assert program is not None
+    return program.model_proto
+
+
+def test_paraphrase_model(tmp_path: Path) -> None:
+    report = check(cases.pruned(cases.paraphrase(), 0.8), cases.token_feeds(1, 16), tmp_path)
+    assert "rows" in kernels(report)
+
+
+class LastHiddenState(nn.Module):
+    """BERT with one tensor as its output."""
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.bert(ids, mask)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_minilm(tmp_path: Path) -> None:
+    bert, _ = models.minilm()
+    sparsecomp.sparsify_(bert, "unstructured@0.7")
+    ids = models.token_ids(1, 32)
+    inputs = (ids, torch.ones_like(ids))
+    model = onnx_of(LastHiddenState(bert), inputs)
+    feeds = dict(zip((value.name for value in model.graph.input), (value.numpy() for value in inputs), strict=True))
+    assert "rows" in kernels(check(model, feeds, tmp_path))
+
+
+def test_efficientnet_lite0(tmp_path: Path) -> None:
+    network = models.efficientnet_lite0()
+    sparsecomp.sparsify_(network, "unstructured@0.7")
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    model = onnx_of(network, (x,))
+    assert "conv" in kernels(check(model, {model.graph.input[0].name: x.numpy()}, tmp_path))
+
+
+def instructions(pattern: str, folder: Path) -> int:
+    """Instructions of a linear of 384 inputs and 1536 outputs for 64 tokens."""
+    weight = torch.randn(1536, 384, generator=torch.Generator().manual_seed(0))
+    if pattern != "dense":
+        weight = Pattern.parse(pattern).project(weight)
+    model = cases.linear_model(weight.t().contiguous().numpy(), np.zeros(1536, np.float32))
+    sparsecomp.export(model, output=folder, shapes={"x": [64, 384]})
+    program = arm_tools.build(folder, arm_tools.cross_compiler())
+    return arm_tools.instructions(program, [np.ones((64, 384), np.float32)])
+
+
+def test_zeros_save_instructions(tmp_path: Path) -> None:
+    arm_tools.emulator()
+    dense = instructions("dense", tmp_path)
+    bounds = {"unstructured@0.5": 0.60, "unstructured@0.75": 0.33, "unstructured@0.9": 0.17, "8:2:4": 0.56}
+    shares = {pattern: instructions(pattern, tmp_path) / dense for pattern in bounds}
+    assert all(shares[pattern] <= bound for pattern, bound in bounds.items()), shares

@@ -1,0 +1,124 @@
+"""The ARM target: its CPUs, candidates, predictions, and what boards measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsecomp.patterns import Pattern
+from sparsecomp.targets.arm import calibration, cost, mca
+from sparsecomp.targets.arm.cpu import cpu, cpu_names
+from sparsecomp.targets.arm.target import ArmTarget
+from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+
+ROWS = Candidate("rows", "unstructured")
+
+
+def facts(pattern: str, outputs: int = 384, inputs: int = 256) -> WeightFacts:
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    return WeightFacts.of(Pattern.parse(pattern).project(weight))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPARSECOMP_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_an_unknown_cpu_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"did you mean 'cortex-a7.'.*cortex-a53.*neoverse-v1.*apple-m1"):
+        cpu("cortex-a67")
+
+
+def test_inner_loops_keep_the_multipliers_of_neoverse_n1_busy() -> None:
+    n1 = cpu("neoverse-n1")
+    assert cost.fmla_share(n1, "panel_16_4") >= 0.80
+    assert cost.fmla_share(n1, "panel_8_8") >= 0.80
+    assert cost.fmla_share(n1, "rows_4.shared") >= 0.70
+    assert cost.fmla_share(n1, "rows_4.own") >= 0.70
+
+
+@pytest.mark.arm
+def test_the_table_of_cycles_is_what_llvm_mca_says_now() -> None:
+    try:
+        mca.find_llvm_mca()
+    except mca.MissingToolError as error:
+        pytest.skip(str(error))
+    from sparsecomp.kernels import panel, tir
+    from sparsecomp.kernels.epilogue import Epilogue
+    from sparsecomp.targets.arm.kernels import panel_schedule
+
+    n1 = cpu("neoverse-n1")
+    assembly = tir.compile_object(panel.build(panel_schedule(16, 4), Epilogue()), "panel", n1.level.tvm_target)[1]
+    body = next(body for body in mca.inner_loops(assembly) if mca.multiply_adds(body))
+    measured = mca.measure(body, n1.mca)
+    assert measured.fmla == 16
+    assert measured.cycles == pytest.approx(cost.loop_cycles(n1, "panel_16_4"), rel=0.1)
+
+
+@pytest.mark.parametrize("name", cpu_names())
+def test_fewer_entries_never_take_longer(name: str) -> None:
+    target = ArmTarget(cpu(name))
+    times = [target.predict(ROWS, Problem(facts(f"unstructured@{share}"), 64, 1)) for share in (0.5, 0.7, 0.8, 0.9)]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] < target.predict(DENSE, Problem(facts("unstructured@0.9"), 64, 1))
+
+
+def test_candidates_follow_the_patterns_of_a_weight() -> None:
+    target = ArmTarget(cpu("cortex-a76"))
+    assert target.candidates(WeightFacts.of(torch.ones(8, 8))) == [DENSE]
+    found = target.candidates(facts("8:2:4"))
+    assert {(c.kernel, dict(c.params).get("v")) for c in found} == {
+        ("dense", None),
+        ("rows", None),
+        ("panel", 4),
+        ("panel", 8),
+    }
+    assert target.candidates(facts("8:2:4"), allowed=["unstructured"]) == [DENSE, ROWS]
+
+
+def test_kernels_of_a_board_do_not_run_here() -> None:
+    with pytest.raises(ValueError, match="export the model"):
+        ArmTarget(cpu("cortex-a53")).prepare(ROWS, torch.ones(4, 4))
+
+
+class TestCalibration:
+    def results(self, folder: Path, **changes: object) -> Path:
+        step = {"name": "a", "kernel": "rows", "predicted_us": 10.0, "us": 15.0}
+        document = {"format": calibration.RESULTS, "version": 1, "cpu": "cortex-a76", "threads": 1, "steps": [step]}
+        path = folder / "results.json"
+        path.write_text(json.dumps(document | changes))
+        return path
+
+    def test_a_board_scales_the_family_that_it_measured(self, tmp_path: Path) -> None:
+        problem = Problem(facts("unstructured@0.7"), 64, 1)
+        before = ArmTarget(cpu("cortex-a76"))
+        for _ in range(2):  # twice the same results change nothing more
+            assert calibration.calibrate_from(self.results(tmp_path)) == {"rows": (1.5, 1)}
+        after, other = ArmTarget(cpu("cortex-a76")), ArmTarget(cpu("cortex-a53"))
+        counted = before.predict(ROWS, problem) / before.scale("rows")
+        assert after.predict(ROWS, problem) == pytest.approx(1.5 * counted)
+        assert after.predict(DENSE, problem) == before.predict(DENSE, problem)
+        assert "measured" in after.description
+        assert other.scale("rows") == before.scale("rows") > 1.0
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"format": "other"}, "no file of results"),
+            ({"cpu": "z80"}, "unknown ARM CPU 'z80'"),
+            ({"steps": 3}, "steps must be a list"),
+            ({"steps": []}, "no measured calls"),
+            ({"steps": [{"kernel": "rows", "us": "fast", "predicted_us": 1}]}, "us of step 0 must be a number"),
+        ],
+    )
+    def test_results_that_are_none_say_so(self, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            calibration.calibrate_from(self.results(tmp_path, **changes))
+
+    def test_a_damaged_calibration_counts_as_none(self, tmp_path: Path) -> None:
+        (tmp_path / "arm-cortex-a76.json").write_text("{")
+        assert "cannot be read" in ArmTarget(cpu("cortex-a76")).description
