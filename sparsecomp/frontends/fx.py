@@ -90,7 +90,7 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
         replacements: What to replace. At the place of its anchor each becomes a call of
             `torch.ops.sparsecomp.linear.default(x, bias, residual, handle, out_features, activation)`, or of
             `torch.ops.sparsecomp.conv.default(x, terms, residual, handle, ...)` behind what computes the terms; what
-            skips becomes a call of `skip_linear` or `skip_ffn`.
+            skips becomes a call of `skip`.
 
     Raises:
         ValueError: A site is declined, given twice, or its operations are not in the graph.
@@ -128,9 +128,7 @@ def _replace(graph: fx.Graph, replacement: Replacement, nodes: dict[str, fx.Node
     site = replacement.site
     anchor = nodes[site.anchor]
     with graph.inserting_before(anchor):
-        if isinstance(site, FfnSite):
-            new = _ffn_call(graph, site, replacement.handle, nodes)
-        elif isinstance(site, LinearSite) and replacement.skips:
+        if isinstance(site, FfnSite) or (isinstance(site, LinearSite) and replacement.skips):
             new = _skip_call(graph, site, replacement.handle, nodes)
         elif isinstance(site, LinearSite):
             new = _linear_call(graph, site, replacement.handle, nodes)
@@ -152,16 +150,14 @@ def _linear_call(graph: fx.Graph, site: LinearSite, handle: int, nodes: dict[str
     return graph.call_function(target, (*operands, handle, site.out_features, site.activation))
 
 
-def _skip_call(graph: fx.Graph, site: LinearSite, handle: int, nodes: dict[str, fx.Node]) -> fx.Node:
-    operands = [nodes[name] if name is not None else None for name in (site.x, site.bias, site.residual)]
-    return graph.call_function(torch.ops.sparsecomp.skip_linear.default, (*operands, handle, site.out_features))
-
-
-def _ffn_call(graph: fx.Graph, site: FfnSite, handle: int, nodes: dict[str, fx.Node]) -> fx.Node:
-    up_bias = None if site.up is None else site.up.bias
-    names = (site.x, site.gate.bias, up_bias, site.down.bias, site.residual)
-    operands = [nodes[name] if name is not None else None for name in names]
-    return graph.call_function(torch.ops.sparsecomp.skip_ffn.default, (*operands, handle, site.down.out_features))
+def _skip_call(graph: fx.Graph, site: LinearSite | FfnSite, handle: int, nodes: dict[str, fx.Node]) -> fx.Node:
+    if isinstance(site, FfnSite):
+        names = [site.gate.bias, None if site.up is None else site.up.bias, site.down.bias]
+        out_features = site.down.out_features
+    else:
+        names, out_features = [site.bias, None, None], site.out_features
+    x, residual, *biases = (nodes[name] if name is not None else None for name in (site.x, site.residual, *names))
+    return graph.call_function(torch.ops.sparsecomp.skip.default, (x, biases, residual, handle, out_features))
 
 
 def _conv_call(graph: fx.Graph, site: ConvSite, handle: int, nodes: dict[str, fx.Node]) -> fx.Node:

@@ -1,4 +1,4 @@
-"""An FFN, or a linear, that skips at run time what its token does not need, and the ops that call it."""
+"""An FFN, or a linear, that skips at run time what its token does not need, and the op that calls it."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class SkipForms:
 
 
 class SkipSite(Protocol):
-    """What the ops call."""
+    """What the op calls."""
 
     def run(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
         """See `RuntimeSkip.run`."""
 
 
 def register(handle: int, site: SkipSite) -> None:
-    """Let the ops find a site by its handle for as long as it lives."""
+    """Let the op find a site by its handle for as long as it lives."""
     _sites[handle] = site
 
 
@@ -74,7 +74,7 @@ class RuntimeSkip:
     """A site that skips; it holds the linears of the block, which compute what does not skip.
 
     Attributes:
-        handle: of the ops.
+        handle: of the op.
     """
 
     def __init__(self, name: str, linears: Sequence[RuntimeSite], forms: SkipForms, target: Target) -> None:
@@ -262,53 +262,19 @@ class RuntimeSkip:
 
 
 _library = torch.library.Library("sparsecomp", "FRAGMENT")
-_library.define(
-    "skip_ffn(Tensor x, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, Tensor? residual, int site, "
-    "int out_features) -> Tensor"
-)
-_library.define("skip_linear(Tensor x, Tensor? bias, Tensor? residual, int site, int out_features) -> Tensor")
+_library.define("skip(Tensor x, Tensor?[] biases, Tensor? residual, int site, int out_features) -> Tensor")
 
 
-def _find(site: int) -> SkipSite:
+def _skip(x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None, site: int, _: int) -> Tensor:
     found = _sites.get(site)
     if found is None:
         raise RuntimeError(f"a skipping op was called for site {site}, which was released: compile the model again")
-    return found
+    return found.run(x, biases, residual)
 
 
-def _skip_ffn(
-    x: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    residual: Tensor | None,
-    site: int,
-    out_features: int,
-) -> Tensor:
-    return _find(site).run(x, (gate_bias, up_bias, down_bias), residual)
-
-
-def _skip_linear(x: Tensor, bias: Tensor | None, residual: Tensor | None, site: int, out_features: int) -> Tensor:
-    return _find(site).run(x, (bias, None, None), residual)
-
-
-def _ffn_meta(
-    x: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    residual: Tensor | None,
-    site: int,
-    out_features: int,
-) -> Tensor:
+def _meta(x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None, site: int, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _linear_meta(x: Tensor, bias: Tensor | None, residual: Tensor | None, site: int, out_features: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-_library.impl("skip_ffn", _skip_ffn, "CPU")
-_library.impl("skip_ffn", _ffn_meta, "Meta")
-_library.impl("skip_linear", _skip_linear, "CPU")
-_library.impl("skip_linear", _linear_meta, "Meta")
+_library.impl("skip", _skip, "CPU")
+_library.impl("skip", _meta, "Meta")

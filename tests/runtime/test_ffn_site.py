@@ -218,13 +218,13 @@ def test_a_kernel_that_fails_leaves_the_call_dense(monkeypatch: pytest.MonkeyPat
 class TestOps:
     def test_schema_and_fake_tensors_hold(self) -> None:
         block = Block()
-        arguments = (torch.randn(2, INPUTS), *block.given(), None, block.site.handle, OUTPUTS)
+        arguments = (torch.randn(2, INPUTS), list(block.given()), None, block.site.handle, OUTPUTS)
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(torch.ops.sparsecomp.skip_ffn.default, arguments, test_utils=tests)
+        torch.library.opcheck(torch.ops.sparsecomp.skip.default, arguments, test_utils=tests)
         spec = SkipSpec("inputs", (INPUTS, OUTPUTS), (torch.zeros(INPUTS),))
         site = RuntimeSkip("linear", [linear(torch.randn(OUTPUTS, INPUTS))], SkipForms(spec), get_target(None))
-        arguments = (torch.randn(2, 3, INPUTS), None, torch.randn(2, 3, OUTPUTS), site.handle, OUTPUTS)
-        torch.library.opcheck(torch.ops.sparsecomp.skip_linear.default, arguments, test_utils=tests)
+        arguments = (torch.randn(2, 3, INPUTS), [None] * 3, torch.randn(2, 3, OUTPUTS), site.handle, OUTPUTS)
+        torch.library.opcheck(torch.ops.sparsecomp.skip.default, arguments, test_utils=tests)
 
     def test_a_released_site_is_explained(self) -> None:
         block = Block()
@@ -232,4 +232,4 @@ class TestOps:
         del block
         gc.collect()
         with pytest.raises(RuntimeError, match=rf"site {handle}, which was released: compile the model again"):
-            torch.ops.sparsecomp.skip_linear(torch.randn(1, INPUTS), None, None, handle, OUTPUTS)
+            torch.ops.sparsecomp.skip(torch.randn(1, INPUTS), [None] * 3, None, handle, OUTPUTS)
