@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import inf, prod
 
-import networkx as nx
-
 from sparsecomp.frontends.onnx import Overlay
 from sparsecomp.ir import ConvSite
+from sparsecomp.planner.layouts import TwoLabels
 
 _POOLS = {"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"}
 _PLAIN = {"Add", "BatchNormalization", "Clip", "Concat", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Mul"}
@@ -20,8 +19,7 @@ _MOST = 1000  # operations that are looked at between two convolutions
 def best_mixture(overlay: Overlay, gains: Mapping[str, float], us_per_value: float) -> set[str]:
     """Which convolutions should run our kernels, so that most time is gained in all.
 
-    A value between one that does and one that does not costs a change of its layout. Two labels, and a price for
-    neighbours of which each has another: the best is a minimum cut (Greig, Porteous and Seheult 1989, section 2).
+    A value between one that does and one that does not costs a change of its layout.
 
     Args:
         overlay: of the graph.
@@ -31,21 +29,14 @@ def best_mixture(overlay: Overlay, gains: Mapping[str, float], us_per_value: flo
     Returns:
         Names of sites.
     """
-    cut = nx.DiGraph()
+    labels = TwoLabels()
     for site in overlay.graph.sites:
         if isinstance(site, ConvSite):
-            if site.name in gains:
-                cut.add_edge("sparse", site.name, capacity=max(gains[site.name], 0.0))
-            else:
-                cut.add_edge(site.name, "dense", capacity=inf)
-    if not {"sparse", "dense"} <= set(cut):
-        return set(gains)
+            # Ours is the first label, and costs what would be gained where a convolution has the other.
+            labels.price(site.name, *((0.0, max(gains[site.name], 0.0)) if site.name in gains else (inf, 0.0)))
     for first, second, values in _neighbours(overlay):
-        for edge in ((first, second), (second, first)):
-            known = cut.get_edge_data(*edge, {"capacity": 0.0})["capacity"]
-            cut.add_edge(*edge, capacity=known + values * us_per_value)
-    _, (ours, _) = nx.minimum_cut(cut, "sparse", "dense")
-    return {name for name in gains if name in ours}
+        labels.unlike(first, second, values * us_per_value)
+    return labels.first() & gains.keys()
 
 
 def _neighbours(overlay: Overlay) -> list[tuple[str, str, int]]:

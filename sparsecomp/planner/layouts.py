@@ -3,21 +3,21 @@
 The sparse kernels read and write maps channels first; Inductor lays the maps of dense convolutions out channels last,
 and fuses a change of layout with the element-wise operation or the pooling that it meets there. Each change is a pass
 over a value. So the choice is made for the whole graph: the sites that take part cost what they cost in either layout,
-a value that goes from one layout to the other costs its conversion, and what is cheapest in all is a minimum cut
-between both layouts (two labels with costs for unlike neighbours: Greig, Porteous and Seheult 1989).
+and a value that goes from one layout to the other costs its conversion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import networkx as nx
 
 from sparsecomp.ir import Operation, SparseGraph
 
 FIRST, LAST = "channels first", "channels last"
+_FIRST, _SECOND = "the first label", "the second label"  # no operation is called so
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,14 @@ def choose_layouts(
         owner: of every operation that one of these absorbs, its anchor.
         convert_us: predicted microseconds for a conversion of so many values.
     """
-    flow: nx.DiGraph[str] = nx.DiGraph()
-    flow.add_nodes_from((FIRST, LAST))
+    labels = TwoLabels()
     for anchor, cost in costs.items():
-        # What lies on the side of channels first is cut from the other side at its cost there, and the other way round.
-        _limit(flow, anchor, LAST, cost.first)
-        _limit(flow, FIRST, anchor, cost.last)
+        labels.price(anchor, cost.first, cost.last)
     edges: list[Conversion] = []
     for operation in graph:
         reader = owner.get(operation.name, operation.name)
         if reader not in costs and (fixed := _fixed(operation)) is not None:
-            _limit(flow, *((FIRST, reader) if fixed == FIRST else (reader, LAST)), float("inf"))
+            labels.price(reader, *((0.0, inf) if fixed == FIRST else (inf, 0.0)))
         for name in operation.inputs:
             given = graph.operation(name)
             producer = owner.get(name, name)
@@ -89,10 +86,8 @@ def choose_layouts(
                 continue
             values = prod(given.shape)
             edges.append(Conversion(producer, reader, values, convert_us(values), ""))
-    for edge in edges:
-        _limit(flow, edge.producer, edge.consumer, edge.us)
-        _limit(flow, edge.consumer, edge.producer, edge.us)
-    _, (first, _) = nx.minimum_cut(flow, FIRST, LAST)
+            labels.unlike(producer, reader, edges[-1].us)
+    first = labels.first()
     crossing = tuple(
         Conversion(edge.producer, edge.consumer, edge.values, edge.us, FIRST if edge.consumer in first else LAST)
         for edge in edges
@@ -101,14 +96,41 @@ def choose_layouts(
     return Layouts(frozenset(costs.keys() - first), crossing)
 
 
-def _limit(flow: nx.DiGraph[str], tail: str, head: str, us: float) -> None:
-    """Add to what may flow; an edge without a capacity is unlimited."""
-    if us == float("inf"):
-        flow.add_edge(tail, head)
-    elif not flow.has_edge(tail, head):
-        flow.add_edge(tail, head, capacity=us)
-    elif "capacity" in flow.edges[tail, head]:
-        flow.edges[tail, head]["capacity"] += us
+class TwoLabels:
+    """Nodes of which each takes the first or the second of two labels, so that it costs least in all.
+
+    A node costs what its label does, and neighbours with unlike labels cost their price: a minimum cut between both
+    labels (Greig, Porteous and Seheult 1989, section 2).
+    """
+
+    def __init__(self) -> None:
+        self._flow: nx.DiGraph[str] = nx.DiGraph()
+        self._flow.add_nodes_from((_FIRST, _SECOND))
+
+    def price(self, node: str, first: float, second: float) -> None:
+        """Add to what a node costs with either label; infinity for one that it cannot have."""
+        # What is on the side of the first label is cut off from the other at its cost there, and the other way round.
+        self._limit(node, _SECOND, first)
+        self._limit(_FIRST, node, second)
+
+    def unlike(self, one: str, other: str, cost: float) -> None:
+        """Add to what it costs if two nodes have unlike labels."""
+        self._limit(one, other, cost)
+        self._limit(other, one, cost)
+
+    def first(self) -> set[str]:
+        """The nodes with the first label."""
+        _, (found, _) = nx.minimum_cut(self._flow, _FIRST, _SECOND)
+        return found - {_FIRST}
+
+    def _limit(self, tail: str, head: str, cost: float) -> None:
+        """Add to what may flow; an edge without a capacity is unlimited."""
+        if cost == inf:
+            self._flow.add_edge(tail, head)
+        elif not self._flow.has_edge(tail, head):
+            self._flow.add_edge(tail, head, capacity=cost)
+        elif "capacity" in self._flow.edges[tail, head]:
+            self._flow.edges[tail, head]["capacity"] += cost
 
 
 def _is_maps(operation: Operation) -> bool:
