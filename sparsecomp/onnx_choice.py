@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, prod
 from typing import TYPE_CHECKING
@@ -26,8 +26,6 @@ from sparsecomp.window import Maps
 
 if TYPE_CHECKING:
     from sparsecomp.targets.x86.ort_target import Forms, LibraryTarget
-
-_DTYPES = (torch.float32,)
 
 
 @dataclass(frozen=True)
@@ -53,19 +51,41 @@ def plan_sites(
     model: ir.Model, options: Options, target: LibraryTarget, shapes: Mapping[str, Sequence[int]] | None
 ) -> list[Planned]:
     """Find the sites of all graphs of a model and choose what each becomes."""
-    planned: list[Planned] = []
     if model.opset_imports.get("", OLDEST_OPSET) < OLDEST_OPSET:
-        return planned
+        return []
+    found = found_sites(build(model, infer(model, shapes)))
+    return _settle_layouts([_choose(overlay, site, facts, options, target) for overlay, site, facts in found], target)
+
+
+def found_sites(overlays: Sequence[Overlay]) -> Iterator[tuple[Overlay, Site, WeightFacts | None]]:
+    """Find the sites of graphs, under names that differ, with what their weights hold; None where that is not known."""
     taken: dict[str, int] = {}
-    for overlay in build(model, infer(model, shapes)):
+    for overlay in overlays:
         run_passes(overlay.graph, [DetectLinear(), DetectConv(), FuseEpilogue()])
         for site in overlay.graph.sites:
             # A subgraph has names of its own.
             taken[site.name] = taken.get(site.name, 0) + 1
             if taken[site.name] > 1:
                 site.name = f"{site.name}#{taken[site.name]}"
-            planned.append(_choose(overlay, site, options, target))
-    return _settle_layouts(planned, target)
+            known = not site.weight.is_meta and site.weight.ndim >= 2 and site.weight.numel() > 0
+            yield overlay, site, facts_of(site.weight, site.transposed) if known else None
+
+
+def why_not_ours(overlay: Overlay, site: Site) -> str | None:
+    """Why kernels of ours cannot compute a site, None if they can."""
+    if site.dtype in (torch.float16, torch.bfloat16):
+        return f"it computes in {_plain(site.dtype)}; the kernels are float32: convert the model to that"
+    if site.declined is not None:
+        return site.declined
+    if site.dtype != torch.float32:
+        return f"it computes in {_plain(site.dtype)}; the kernels are float32"
+    if isinstance(site, ConvSite) and site.norm is not None and not folds(overlay, site):
+        return "its batch normalisation is computed at each call"
+    return None
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _settle_layouts(planned: list[Planned], target: LibraryTarget) -> list[Planned]:
@@ -92,10 +112,12 @@ def _left_dense(item: Planned) -> Planned:
     return replace(item, choice=replace(item.choice, chosen=DENSE, reason=reason))
 
 
-def _choose(overlay: Overlay, site: Site, options: Options, target: LibraryTarget) -> Planned:
-    known = not site.weight.is_meta and site.weight.ndim >= 2 and site.weight.numel() > 0
-    facts = facts_of(site.weight, site.transposed) if known else None
-    reason = _why_dense(overlay, site, options)
+def _choose(
+    overlay: Overlay, site: Site, facts: WeightFacts | None, options: Options, target: LibraryTarget
+) -> Planned:
+    reason, rule = why_not_ours(overlay, site), options.excluding(site.name)
+    if reason is None and rule is not None:
+        reason = f"excluded by {rule!r}"
     if reason is not None or facts is None:
         return Planned(overlay, site, decline(site, reason or "its weight cannot be read", facts))
     chooser = SiteChooser(site, target, options)
@@ -169,17 +191,3 @@ def _slower_maps(
         return target.predict(candidate, chooser.problem(facts, maps))
 
     return slower_maps(price, chosen, site.maps, (images, height, width))
-
-
-def _why_dense(overlay: Overlay, site: Site, options: Options) -> str | None:
-    if site.dtype in (torch.float16, torch.bfloat16):
-        dtype = str(site.dtype).removeprefix("torch.")
-        return f"it computes in {dtype}; the operations for ONNX Runtime are float32: convert the model to that"
-    if site.declined is not None:
-        return site.declined
-    if site.dtype not in _DTYPES:
-        return f"it computes in {str(site.dtype).removeprefix('torch.')}; float32 is supported in ONNX Runtime"
-    if isinstance(site, ConvSite) and site.norm is not None and not folds(overlay, site):
-        return "its batch normalisation is computed at each call"
-    rule = options.excluding(site.name)
-    return None if rule is None else f"excluded by {rule!r}"

@@ -6,8 +6,6 @@ It is that of modules (`sparsecomp.planning`, `sparsecomp.pruning`), with latenc
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,11 +28,11 @@ from sparsecomp.pruning.sites import choose_sites
 from sparsecomp.pruning.sparsify import sparsify_
 from sparsecomp.runtime.ort_timing import product_call
 from sparsecomp.targets.base import Target
+from sparsecomp.targets.x86.calibrate import median_seconds
 
 Calibration = Mapping[str, Any] | str | os.PathLike[str]
 """Samples by the names of the inputs, stacked along a first axis; or the path of an .npz file of such arrays."""
 
-_ROUNDS = (5, 30)
 _SECONDS = 2.0
 _MOST_SAMPLES = 4096
 
@@ -154,14 +152,7 @@ def _dense_us(module: OnnxModule, feeds: Mapping[str, Tensor]) -> float:
     """Median microseconds of a call of the model as it is, its weights constant."""
     session = module.dense_session()
     given = {value.name: feeds[value.name].numpy() for value in session.get_inputs()}
-    session.run(None, given)
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < _ROUNDS[0] or (len(times) < _ROUNDS[1] and time.perf_counter() - begin < _SECONDS):
-        start = time.perf_counter()
-        session.run(None, given)
-        times.append(1e6 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return 1e6 * median_seconds(lambda: session.run(None, given), _SECONDS)
 
 
 def _scale(entries: Sequence[SiteChoice]) -> float:
@@ -183,14 +174,7 @@ def _scale(entries: Sequence[SiteChoice]) -> float:
 
 def _product_us(shape: tuple[int, int], tokens: int) -> float:
     weight, x = np.ones(shape, np.float32), np.ones((tokens, shape[1]), np.float32)
-    call = product_call(weight, x, torch.get_num_threads())
-    call()
-    times = []
-    for _ in range(_ROUNDS[0]):
-        start = time.perf_counter()
-        call()
-        times.append(1e6 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return 1e6 * median_seconds(product_call(weight, x, torch.get_num_threads()))
 
 
 def with_budget(plan: Plan, chosen: Plan) -> Plan:

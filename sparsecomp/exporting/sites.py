@@ -14,14 +14,13 @@ from sparsecomp.analysis import SiteChooser
 from sparsecomp.exporting.lowering import SITE_OP
 from sparsecomp.exporting.program import SiteStep
 from sparsecomp.frontends.onnx import Derived, Overlay, build
-from sparsecomp.frontends.onnx_norm import fold_norm, folds
+from sparsecomp.frontends.onnx_norm import fold_norm
 from sparsecomp.frontends.onnx_shapes import infer
 from sparsecomp.ir import ConvSite, LinearSite, Site
 from sparsecomp.kernels.epilogue import Epilogue
+from sparsecomp.onnx_choice import found_sites, why_not_ours
 from sparsecomp.options import Options
-from sparsecomp.passes import DetectConv, DetectLinear, FuseEpilogue, run_passes
 from sparsecomp.planner import SiteChoice, decline
-from sparsecomp.runtime.facts import facts_of
 from sparsecomp.targets.arm.cpu import ArmLevel
 from sparsecomp.targets.arm.kernels import conv_call, linear_call
 from sparsecomp.targets.arm.target import ArmTarget
@@ -56,15 +55,7 @@ def find_sites(
         options: `plan`, `patterns` and `exclude` count.
     """
     found: list[FoundSite] = []
-    taken: dict[str, int] = {}
-    overlay = build(model, infer(model, shapes))[0]
-    run_passes(overlay.graph, [DetectLinear(), DetectConv(), FuseEpilogue()])
-    for site in overlay.graph.sites:
-        taken[site.name] = taken.get(site.name, 0) + 1
-        if taken[site.name] > 1:
-            site.name = f"{site.name}#{taken[site.name]}"
-        known = not site.weight.is_meta and site.weight.ndim >= 2 and site.weight.numel() > 0
-        facts = facts_of(site.weight, site.transposed) if known else None
+    for overlay, site, facts in found_sites(build(model, infer(model, shapes))[:1]):
         reason = _not_ours(overlay, site)
         if reason is not None or facts is None:
             found.append(FoundSite(overlay, site, decline(site, reason or "its weight cannot be read", facts), False))
@@ -79,12 +70,9 @@ def find_sites(
 
 def _not_ours(overlay: Overlay, site: Site) -> str | None:
     """Why TVM computes a site, None if our kernels do."""
-    if site.declined is not None:
-        return site.declined
-    if site.dtype != torch.float32:
-        return f"it computes in {str(site.dtype).removeprefix('torch.')}; the kernels are float32"
-    if isinstance(site, ConvSite) and (site.norm is not None and not folds(overlay, site)):
-        return "its batch normalisation is computed at each call"
+    reason = why_not_ours(overlay, site)
+    if reason is not None:
+        return reason
     if site.bias is not None and "value" not in overlay.graph.operation(site.bias).attrs:
         return "its bias is computed at each call"
     return None

@@ -21,7 +21,7 @@ from sparsecomp.blocks import FfnSite
 from sparsecomp.frontends.onnx import Overlay
 from sparsecomp.frontends.onnx_module import Sessions
 from sparsecomp.passes import DetectConv, DetectFfn, DetectLinear, FuseEpilogue, run_passes
-from sparsecomp.skipping.block import LAST, simulate
+from sparsecomp.skipping.block import LAST, required_participants, simulate
 from sparsecomp.skipping.forms import SkipForm
 
 SKIP_OPSET = 13
@@ -86,15 +86,9 @@ def skip_blocks(
             f"at least {LAST + 2} are needed"
         )
     cosines = _cosines(model, blocks, batches)
-    means = cosines.mean(dim=0).tolist()
-    first = next((number for number, mean in enumerate(means) if mean > form.parameter), len(blocks))
-    chosen = blocks[first : len(blocks) - LAST]
-    if len(chosen) < 2:
-        raise ValueError(
-            f"{form}: no two FFN blocks between the first and the last {LAST} turn the stream that little; the mean "
-            f"cosines are up to {max(means):.4f}"
-        )
-    shares = simulate(cosines[:, first : first + len(chosen)], form.parameter).tolist()
+    part = required_participants(cosines, form)
+    chosen = blocks[part.start : part.stop]
+    shares = simulate(cosines[:, part.start : part.stop], form.parameter).tolist()
     _rewrite(model.graph, chosen, form.parameter)
     return [Skipped(block.name, share) for block, share in zip(chosen[1:], shares[1:], strict=True)]
 

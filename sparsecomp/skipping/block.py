@@ -31,14 +31,9 @@ def calibrate_block(model: nn.Module, calls: Sequence[Call], form: SkipForm, ffn
     Raises:
         ValueError: no block is left.
     """
-    threshold = form.parameter or 0.0
     cosines = block_cosines(model, calls, ffns)
-    chosen = participants(cosines, threshold)
-    if len(chosen) < 2:
-        raise ValueError(
-            f"{form}: no two FFN blocks between the cold start and the last {LAST} turn the stream that little; mean "
-            f"cosines are up to {float(cosines.mean(dim=0).max()):.4f}"
-        )
+    chosen = required_participants(cosines, form)
+    threshold = form.parameter or 0.0
     skipped = simulate(cosines[:, chosen.start : chosen.stop], threshold)
     return SkipPlan.of(
         SkipChoice(ffns[number].name, form, threshold, expected=float(share))
@@ -46,8 +41,23 @@ def calibrate_block(model: nn.Module, calls: Sequence[Call], form: SkipForm, ffn
     )
 
 
+def required_participants(cosines: Tensor, form: SkipForm) -> range:
+    """As `participants` for `block:T`.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    chosen = participants(cosines, form.parameter or 0.0)
+    if len(chosen) < 2:
+        raise ValueError(
+            f"{form}: no two FFN blocks between the cold start and the last {LAST} turn the stream that little; mean "
+            f"cosines are up to {float(cosines.mean(dim=0).max()):.4f}"
+        )
+    return chosen
+
+
 def participants(cosines: Tensor, threshold: float) -> range:
-    """The blocks between the cold start and the last ones."""
+    """The blocks between the cold start and the last ones, by their cosines `[tokens or samples, blocks]`."""
     means = cosines.mean(dim=0).tolist()
     first = next((number for number, mean in enumerate(means) if mean > threshold), len(means))
     return range(first, len(means) - LAST)
