@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparsecomp.patterns import Detection, detect, kept_columns
+from sparsecomp.patterns import Detection, Pattern, detect, kept_columns
 from sparsecomp.targets.skip import SkipKernel, SkipRows, SkipSpec
 from sparsecomp.window import Maps, Window
 
@@ -276,3 +276,28 @@ class Target(ABC):
         v = dict(candidate.params).get("v", 1)
         columns = facts.panels[v]
         return 4 * (-(-facts.out_features // v) + 1) + columns * (4 + 4 * v)
+
+
+def label_of(facts: WeightFacts, v: int | None, allowed: Collection[str] | None) -> str | None:
+    """The pattern under which a kernel for panels of v rows takes a weight; None if `allowed` has none for it.
+
+    Of the patterns that the weight satisfies, the fullest whose shared rows are a multiple of v; `unstructured` always
+    holds, and says nothing more than that the kernel finds the zeros by itself. The kernel of convolutions (v of None)
+    finds rows that share columns by itself too, whatever their number.
+    """
+    kinds = ("nm", "vnm", "block") if v is not None else ("nm", "vnm", "block", "taps")
+    found = [d.pattern for d in facts.patterns if d.pattern.kind in kinds and d.pattern.shared_rows % (v or 1) == 0]
+    if v == 1:
+        found = [pattern for pattern in found if pattern.shared_rows == 1]
+    if allowed is None:
+        return _plain(found[0]) if found and facts.patterns[0].pattern == found[0] else "unstructured"
+    for text in allowed:
+        pattern = Pattern.parse(text)
+        if pattern.kind == "unstructured" or (pattern.kind != "dense" and any(pattern.admits(p) for p in found)):
+            return _plain(pattern)
+    return None
+
+
+def _plain(pattern: Pattern) -> str:
+    """A pattern without the share of zeros that it was found with."""
+    return str(pattern).partition("@")[0]

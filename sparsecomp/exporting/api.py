@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -157,22 +157,30 @@ def _objects(sources: Sequence[KernelSource]) -> dict[str, tuple[bytes, str]]:
     """Object code and assembly of kernels, from the cache where it has them."""
     made: dict[str, tuple[bytes, str]] = {}
     for source in sources:
-        assembly = built_file(key_of("assembly", key_of_kernel(source)), ".s", functools.partial(_assembly, source))
-        code = built_file(key_of("object", key_of_kernel(source)), ".o", functools.partial(_object, source))
-        made[source.name] = code.read_bytes(), assembly.read_text(encoding="utf-8")
+        # Compiled once, for whichever of the two files is missing.
+        compiled = functools.cache(functools.partial(_compiled, source))
+
+        def code(folder: Path, compiled: _Compile = compiled) -> Path:
+            path = folder / "kernel.o"
+            path.write_bytes(compiled()[0])
+            return path
+
+        def assembly(folder: Path, compiled: _Compile = compiled) -> Path:
+            path = folder / "kernel.s"
+            path.write_text(compiled()[1], encoding="utf-8")
+            return path
+
+        key = key_of_kernel(source)
+        paths = built_file(key_of("object", key), ".o", code), built_file(key_of("assembly", key), ".s", assembly)
+        made[source.name] = paths[0].read_bytes(), paths[1].read_text(encoding="utf-8")
     return made
 
 
-def _object(source: KernelSource, folder: Path) -> Path:
-    path = folder / "kernel.o"
-    path.write_bytes(tir.compile_object(source.build(), source.name, dict(source.target))[0])
-    return path
+_Compile = Callable[[], tuple[bytes, str]]
 
 
-def _assembly(source: KernelSource, folder: Path) -> Path:
-    path = folder / "kernel.s"
-    path.write_text(tir.compile_object(source.build(), source.name, dict(source.target))[1], encoding="utf-8")
-    return path
+def _compiled(source: KernelSource) -> tuple[bytes, str]:
+    return tir.compile_object(source.build(), source.name, dict(source.target))
 
 
 def _bytes(name: str, given: int | str | None) -> int | None:

@@ -7,14 +7,14 @@ import json
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sparsecomp.exporting.program import ALIGNMENT, Operand, Program, SiteStep, Step, Tensor
+from sparsecomp.exporting.program import ALIGNMENT, Operand, Program, SiteStep, Tensor
 from sparsecomp.targets.arm.kernels import Call
 
 MAGIC = b"SPARSECW"
@@ -175,19 +175,9 @@ def _steps(program: Program, sites: Sequence[SiteStep], weights: _Weights, arena
             bias = packed.setdefault(step.site, weights.add(f"{site.name}.bias", site.bias))
             x, residual, y = operands[0], operands[1] if len(operands) == 3 else "NULL", operands[-1]
             if site.call.opening is not None:
-                lines.append(
-                    _launch(
-                        f"{step.site}_open",
-                        site.call.opening,
-                        x,
-                        "NULL",
-                        "NULL",
-                        f"B({arena.opened})",
-                        weights,
-                        f"{site.name}.open",
-                    )
-                )
-                x = f"B({arena.opened})"
+                opened, stem = f"B({arena.opened})", f"{site.name}.open"
+                lines.append(_launch(f"{step.site}_open", site.call.opening, x, "NULL", "NULL", opened, weights, stem))
+                x = opened
             lines.append(_launch(str(step.site), site.call.call, x, f"W({bias})", residual, y, weights, site.name))
         elif step.function:
             lines.append(f"      {step.function}({', '.join(operands)});")
@@ -325,10 +315,7 @@ def _cmake(objects: Sequence[str]) -> str:
 def labelled(program: Program, sites: Sequence[SiteStep]) -> None:
     """Give the steps of sites their names."""
     program.steps = [
-        step
-        if step.site is None
-        else Step(_label(sites[step.site]), step.function, step.operands, step.site, step.nbytes)
-        for step in program.steps
+        step if step.site is None else replace(step, label=_label(sites[step.site])) for step in program.steps
     ]
 
 

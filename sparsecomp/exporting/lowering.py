@@ -72,7 +72,6 @@ def lower(
 
 
 def _import(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], output_shape: OutputShape, source: str) -> Any:
-    import tvm
     from tvm import relax
     from tvm.relax.frontend.onnx import onnx_frontend
 
@@ -114,7 +113,7 @@ def _import(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], output_
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             return importer.from_onnx(model.graph, opset)
-    except (tvm.error.InternalError, ValueError, TypeError, AssertionError, NotImplementedError, KeyError) as error:
+    except Exception as error:  # whatever the importer raises for what it cannot read, with the node that it was at
         node = importer.node_at_work
         where = "" if node is None else f"node {_named(node)} ({node.op_type}) "
         raise UnsupportedError(f"{source}: {where}cannot be exported: {error}") from error

@@ -12,16 +12,18 @@ with the epilogue, to y after the last one: in NCHW the lanes are what lies next
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsecomp.kernels import tir
+from sparsecomp.kernels.conv_geometry import Geometry, check_addressable
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.kernels.quads import WEIGHTS, Quad, QuadShape
 from sparsecomp.patterns.quads import QUAD, QuadWeight
-from sparsecomp.window import Window
+from sparsecomp.window import Maps, Window
 
 DIMS = (
     "planes",
@@ -53,29 +55,17 @@ _SPARE = 16  # floats behind a row that a whole vector may write to
 
 
 @dataclass(frozen=True)
-class ConvSchedule:
+class ConvSchedule(QuadShape):
     """Register shape and form of the kernel.
 
     Attributes:
-        lanes: float32 in a vector.
-        vectors: vectors of positions for each of the four rows of a quad.
         masked: whether taps reach outside of the map; false for windows of 1 x 1 without padding.
         whole: whether a tile lies within one image whose positions all count; else tiles run on over the images and
             the sums are stored run by run, which small maps and maps with unused columns need.
-        spread: `load` broadcasts each weight from memory; `shuffle` loads four at once, for CPUs that run short of
-            loads before they do of shuffles.
     """
 
-    lanes: int
-    vectors: int
     masked: bool
     whole: bool
-    spread: str
-
-    @property
-    def tile(self) -> int:
-        """Positions of a tile."""
-        return self.lanes * self.vectors
 
     @property
     def mask_row(self) -> int:
@@ -93,10 +83,65 @@ def weights(packed: QuadWeight, table: npt.NDArray[np.int32]) -> list[npt.NDArra
     return [packed.values, packed.words, packed.quads, np.concatenate([table.reshape(-1), packed.starts])]
 
 
-def scratch_floats(schedule: ConvSchedule, block: int, chunk: int, chunks: int, taps: int) -> int:
-    """Scratch of one thread: the packed block, the sums of so many chunks each with a spare row, coordinates, masks."""
-    tile = schedule.tile
-    return block * tile + _SPARE + chunks * (chunk + 1) * tile + (2 + taps) * schedule.mask_row
+def weight_sizes(packed: QuadWeight, window: Window) -> dict[str, int]:
+    """What of `DIMS` the packed weight decides."""
+    return {
+        "outputs": packed.shape[0],
+        "columns": packed.shape[1],
+        "block": packed.block,
+        "blocks": packed.blocks,
+        "chunk": packed.chunk,
+        "group_chunks": packed.group_chunks,
+        "group_rows": packed.group_rows,
+        "taps": window.taps,
+    }
+
+
+def dims(
+    schedule: ConvSchedule, sizes: Mapping[str, int], geometry: Geometry, images: int, cut: tuple[int, int, int]
+) -> list[int]:
+    """The sizes of a call in the order of `DIMS`.
+
+    Args:
+        schedule: of the kernel.
+        sizes: from `weight_sizes`.
+        geometry: of the maps.
+        images: in the batch.
+        cut: groups of the convolution, splits of the rows of each, and tiles of an image if they are whole.
+
+    Raises:
+        ValueError: the maps hold more values than the kernel can address.
+    """
+    groups, splits, image_tiles = cut
+    group_planes = sizes["columns"] // sizes["taps"] * len(geometry.phases)
+    planes, plane = group_planes * groups, geometry.rows * geometry.pitch
+    area, dense = geometry.height * geometry.width, geometry.pitch == geometry.width
+    of_call = {
+        "planes": planes,
+        "plane": plane,
+        "rows": geometry.rows,
+        "pitch": geometry.pitch,
+        "length": geometry.length,
+        "run": area if dense else geometry.width,
+        "run_pitch": area if dense else geometry.pitch,
+        "runs": 1 if dense else geometry.height,
+        "images": images,
+        "total": images * planes * plane,
+        "block_floats": sizes["block"] * schedule.tile,
+        "group_planes": group_planes,
+        "splits": splits,
+        "parts": splits * groups,
+        "image_tiles": image_tiles,
+    }
+    check_addressable(max(of_call["total"], images * sizes["outputs"] * area))
+    return [({**sizes, **of_call})[name] for name in DIMS]
+
+
+def scratch_floats(schedule: ConvSchedule, sizes: Mapping[str, int], splits: int) -> int:
+    """Scratch of one thread: the packed block, the sums of its chunks each with a spare row, coordinates, masks."""
+    tile, chunks = schedule.tile, -(-sizes["group_chunks"] // splits)
+    sums = chunks * (sizes["chunk"] + 1) * tile
+    return sizes["block"] * tile + _SPARE + sums + (2 + sizes["taps"]) * schedule.mask_row
 
 
 @dataclass(frozen=True)
@@ -269,8 +314,7 @@ def _quad(
 ) -> None:
     """Add one block of columns to the sums of four rows; after the last block finish them."""
     first_row, sums = target
-    shape = QuadShape(schedule.lanes, schedule.vectors, schedule.spread)
-    work = Quad(args, shape, quad, sums)
+    work = Quad(args, schedule, quad, sums)
     work.begin(block)
     work.add(tir.const(0, "int64"))
     if not schedule.whole:
@@ -343,6 +387,11 @@ class OpenSchedule:
 
     lanes: int
     step: int
+
+
+def open_dims(window: Window, maps: Maps, geometry: Geometry) -> list[int]:
+    """The sizes of a call of `build_open` in the order of `OPEN_DIMS`."""
+    return [maps.height, maps.width, *window.stride, len(geometry.phases), geometry.rows, geometry.pitch]
 
 
 def build_open(schedule: OpenSchedule) -> tir.Expr:

@@ -70,6 +70,12 @@ def table(window: Window, channels: int) -> npt.NDArray[np.int32]:
     return columns
 
 
+def check_addressable(values: int) -> None:
+    """Raise a ValueError for maps of more values than the kernels' indices of 32 bits reach."""
+    if values > 2**31 - 1:
+        raise ValueError(f"maps of {values} values are more than 32-bit numbers address; call with fewer images")
+
+
 def _moves(window: Window) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """For the taps of either axis what they are moved by, and the phase that they read."""
     sizes = zip(window.kernel, window.stride, window.padding, window.dilation, strict=True)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsecomp.kernels import tir
+from sparsecomp.kernels.conv_geometry import check_addressable
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.window import Maps, Window
 
@@ -86,12 +87,44 @@ class Layout:
             table.append((base[p, q], row, count, column, width_inside, y, x))
         return cls(pitch, len(found) * rows * pitch, np.array(distances, np.int32), np.array(table, np.int32))
 
+    def positions(self, height: int, width: int) -> int:
+        """Positions up to the last one of an output of this size, those that do not count included."""
+        return (height - 1) * self.pitch + width
+
 
 def _inside(size: int, stride: int, before: int, most: int) -> tuple[int, int, int]:
     """Of an axis of a phase: the first index that is not padding, how many there are, where the first comes from."""
     first = max(0, -(-before // stride))
     stop = min(most, (size - 1 + before) // stride + 1)
     return first, max(0, stop - first), first * stride - before
+
+
+def dims(schedule: DepthwiseSchedule, layout: Layout, window: Window, maps: Maps, outputs: int) -> list[int]:
+    """The sizes of a call in the order of `DIMS`, for a convolution with so many outputs.
+
+    Raises:
+        ValueError: the maps hold more values than the kernel can address.
+    """
+    height, width = window.output(maps.height, maps.width)
+    plane = maps.height * maps.width
+    sizes = {
+        "plane": plane,
+        "width": maps.width,
+        "stride_y": window.stride[0],
+        "stride_x": window.stride[1],
+        "phases": len(layout.phases),
+        "pitch": layout.pitch,
+        "padded": layout.padded,
+        "tiles": -(-layout.positions(height, width) // schedule.tile),
+        "out_height": height,
+        "out_width": width,
+        "channels": window.groups,
+        "outputs": outputs,
+        "taps": window.taps,
+        "total": maps.images * window.groups * plane,
+    }
+    check_addressable(max(sizes["total"], maps.images * outputs * height * width))
+    return [sizes[name] for name in DIMS]
 
 
 def scratch_floats(schedule: DepthwiseSchedule, layout: Layout, out_height: int) -> int:

@@ -72,14 +72,11 @@ def build(schedule: PanelSchedule, epilogue: Epilogue) -> tir.Expr:
                 panel = tir.bind(first + index)
                 begin, end = tir.bind(args["w2"][panel]), tir.bind(args["w2"][panel + 1])
                 tiles = tir.bind(tir.ceil_div(count, schedule.tokens))
-                # The next panel's weights may lie in memory: every step asks for a part, so that no step has to wait.
-                ahead = tir.bind(tir.ceil_div(schedule.v, tiles))
                 with tir.loop(schedule.v // (schedule.lanes * schedule.vectors)) as part:
                     lane0 = tir.bind(part * (schedule.lanes * schedule.vectors))
                     with tir.loop(tiles) as t:
                         place = (tir.bind(token + t * schedule.tokens), tokens, inputs, outputs)
-                        fetch = (tir.bind(end * schedule.v + t * (end - begin) * ahead), ahead)
-                        _tile(args, schedule, epilogue, place, (panel, lane0, begin, end), fetch)
+                        _tile(args, schedule, epilogue, place, (panel, lane0, begin, end), (t, tiles))
     return builder.function
 
 
@@ -89,7 +86,7 @@ def _tile(
     epilogue: Epilogue,
     place: tuple[tir.Expr, tir.Expr, tir.Expr, tir.Expr],
     panel_part: tuple[tir.Expr, tir.Expr, tir.Expr, tir.Expr],
-    fetch: tuple[tir.Expr, tir.Expr],
+    turn: tuple[tir.Expr, tir.Expr],
 ) -> None:
     token, tokens, inputs, outputs = place
     panel, lane0, begin, end = panel_part
@@ -109,11 +106,17 @@ def _tile(
         tir.bind(begin * schedule.v + (end - begin) * part * schedule.width + (lane - part * schedule.width))
         for lane, part in stored
     ]
+    # The next panel's weights may lie in memory: every step asks for a part, so that no step has to wait. With few
+    # tokens the loop is bound by memory anyway, and the processor sees by itself what comes next.
+    asks = schedule.tokens > _FEW_TOKENS
+    if asks:
+        t, tiles = turn
+        ahead = tir.bind(tir.ceil_div(schedule.v, tiles))
+        following = tir.bind(end * schedule.v + t * (end - begin) * ahead)
     with tir.loop(end - begin) as step:
         column = tir.bind(args["w1"][begin + step])
-        # With few tokens the loop is bound by memory anyway, and the processor sees by itself what comes next.
-        if schedule.tokens > _FEW_TOKENS:
-            tir.prefetch(args["w0"], fetch[0] + step * fetch[1])
+        if asks:
+            tir.prefetch(args["w0"], following + step * ahead)
         weight = [tir.bind(tir.load(args["w0"], starts[v] + step * schedule.width, lanes)) for v in range(vectors)]
         for t in range(schedule.tokens):
             activation = tir.bind(tir.splat(args["x"][sources[t] + column], lanes))

@@ -16,6 +16,7 @@ of the units that stay are asked for ahead: the hardware cannot guess them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -251,14 +252,14 @@ def _unit(args: tir.Arguments, k: Expr) -> Expr:
     return tir.reinterpret("int32", args["scratch"][k])
 
 
-def _blocks(first: Expr, last: Expr, rows: int, block: object) -> None:
+def _blocks(first: Expr, last: Expr, rows: int, block: Callable[[Expr, int], None]) -> None:
     """Take a range in steps of so many rows, then one by one."""
     groups = tir.bind(tir.floor_div(last - first, rows))
     with tir.loop(groups) as group:
-        block(tir.bind(first + group * rows), rows)  # type: ignore[operator]
+        block(tir.bind(first + group * rows), rows)
     done = tir.bind(first + groups * rows)
     with tir.loop(last - done) as rest:
-        block(tir.bind(done + rest), 1)  # type: ignore[operator]
+        block(tir.bind(done + rest), 1)
 
 
 def _dot(

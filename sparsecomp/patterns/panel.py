@@ -97,6 +97,16 @@ class PanelWeight:
             dtype=weight.dtype,
         )
 
+    @classmethod
+    def full(cls, weight: Tensor, v: int) -> PanelWeight:
+        """A float32 weight `[O, I]` with all of its columns kept in every panel of `v` rows: a dense product."""
+        outputs, inputs = weight.shape
+        panels = -(-outputs // v)
+        padded = functional.pad(weight, (0, 0, 0, panels * v - outputs))
+        values = padded.reshape(panels, v, inputs).transpose(1, 2).reshape(-1, v).contiguous()
+        columns = torch.arange(inputs, dtype=torch.int32).repeat(panels)
+        return cls(v, (outputs, inputs), torch.arange(panels + 1, dtype=torch.int32) * inputs, columns, values)
+
     def unpack(self) -> Tensor:
         """Return the weight `[O, I]` in its own type, bit for bit as it was packed."""
         panels = self.ptr.numel() - 1

@@ -12,19 +12,23 @@ typedef void (*sparsecomp_kernel)(const float *x, const float *bias, const float
                                   const void *w0, const void *w1, const void *w2, const void *w3, const int32_t *dims,
                                   int32_t begin, int32_t end);
 
-/* Scratch of one thread, kept for its next call: a kernel must not pay for fresh pages each time. */
-static __thread float *scratch;
-static __thread size_t scratch_bytes;
+/* Memory of one thread, kept for its next call: a kernel must not pay for fresh pages each time. */
+typedef struct {
+  void *start;
+  size_t bytes;
+} sparsecomp_memory;
+static __thread sparsecomp_memory scratch;   /* of a kernel */
+static __thread sparsecomp_memory workspace; /* what the steps of one call hand to each other; of the thread that calls */
 
-static float *reserve(size_t bytes) {
+static void *reserve(sparsecomp_memory *memory, size_t bytes) {
   if (bytes < 64) bytes = 64;
-  if (bytes > scratch_bytes) {
-    free(scratch);
+  if (bytes > memory->bytes) {
+    free(memory->start);
     bytes = (bytes + 63) / 64 * 64;
-    scratch = aligned_alloc(64, bytes);
-    scratch_bytes = scratch ? bytes : 0;
+    memory->start = aligned_alloc(64, bytes);
+    memory->bytes = memory->start ? bytes : 0;
   }
-  return scratch;
+  return memory->start;
 }
 
 /* Returns 0, or 1 when memory for scratch is missing (then nothing useful is in y). */
@@ -34,7 +38,7 @@ int32_t sparsecomp_launch(sparsecomp_kernel kernel, const float *x, const float 
   int32_t failed = 0;
   if (threads > items) threads = items;
   if (threads <= 1) {
-    float *own = reserve((size_t)bytes);
+    float *own = reserve(&scratch, (size_t)bytes);
     if (!own) return 1;
     kernel(x, bias, residual, y, own, weights[0], weights[1], weights[2], weights[3], dims, 0, items);
     return 0;
@@ -42,7 +46,7 @@ int32_t sparsecomp_launch(sparsecomp_kernel kernel, const float *x, const float 
 #pragma omp parallel num_threads(threads)
   {
     int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    float *own = reserve((size_t)bytes);
+    float *own = reserve(&scratch, (size_t)bytes);
     if (own)
       kernel(x, bias, residual, y, own, weights[0], weights[1], weights[2], weights[3], dims,
              (int32_t)(items * me / team), (int32_t)(items * (me + 1) / team));
@@ -66,20 +70,6 @@ typedef struct {
   int32_t waits; /* whether it reads what steps before it wrote */
 } sparsecomp_step;
 
-/* What the steps of one call hand to each other; of the thread that calls. */
-static __thread char *workspace;
-static __thread size_t workspace_bytes;
-
-static char *reserve_workspace(size_t bytes) {
-  if (bytes > workspace_bytes) {
-    free(workspace);
-    bytes = (bytes + 63) / 64 * 64;
-    workspace = aligned_alloc(64, bytes);
-    workspace_bytes = workspace ? bytes : 0;
-  }
-  return workspace;
-}
-
 static void run_step(const sparsecomp_step *step, const void *const *bases, float *own, int64_t me, int64_t team) {
   const void *at[SPARSECOMP_OPERANDS];
   for (int i = 0; i < SPARSECOMP_OPERANDS; i++) {
@@ -96,11 +86,11 @@ static void run_step(const sparsecomp_step *step, const void *const *bases, floa
 int32_t sparsecomp_run(const sparsecomp_step *steps, int32_t count, int32_t threads, int64_t work_bytes,
                        int64_t scratch_bytes, const void *x, const void *y, const void *bias0, const void *bias1,
                        const void *bias2, const void *residual) {
-  const void *bases[] = {reserve_workspace((size_t)work_bytes), x, y, bias0, bias1, bias2, residual};
+  const void *bases[] = {reserve(&workspace, (size_t)work_bytes), x, y, bias0, bias1, bias2, residual};
   int32_t failed = 0;
   if (!bases[0]) return 1;
   if (threads <= 1) {
-    float *own = reserve((size_t)scratch_bytes);
+    float *own = reserve(&scratch, (size_t)scratch_bytes);
     if (!own) return 1;
     for (int32_t i = 0; i < count; i++) run_step(&steps[i], bases, own, 0, 1);
     return 0;
@@ -108,7 +98,7 @@ int32_t sparsecomp_run(const sparsecomp_step *steps, int32_t count, int32_t thre
 #pragma omp parallel num_threads(threads)
   {
     int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    float *own = reserve((size_t)scratch_bytes);
+    float *own = reserve(&scratch, (size_t)scratch_bytes);
     if (!own)
 #pragma omp atomic write
       failed = 1;

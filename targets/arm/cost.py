@@ -20,7 +20,7 @@ from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmCpu
 from sparsecomp.targets.arm.kernels import DENSE_V, panel_schedule, panel_tile
 from sparsecomp.targets.base import Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import conv_schedules, schedules
-from sparsecomp.targets.x86.cost import ACTIVATION_COST, shared_columns
+from sparsecomp.targets.x86.cost import ACTIVATION_COST, shared_loads
 
 # Cycles of what is around the loops: from the instructions of whole calls less those of the loops (384 to 1536 at 64
 # tokens, counted under QEMU), at three a cycle.
@@ -99,9 +99,8 @@ def _rows(cpu: ArmCpu, problem: Problem) -> Cost:
 
 def _entries(cpu: ArmCpu, facts: WeightFacts, vectors: int) -> float:
     """Cycles of the kept entries of a weight, once over all of it."""
-    # Entries that are in pairs, one load for both: of random rows some, of neighbours with one pattern all.
-    together = max(2 * shared_columns(facts.density) * facts.nonzeros, 2 * (facts.nonzeros - facts.panels[2]))
-    together = min(together, facts.nonzeros)
+    # Entries that are in pairs, one load for both.
+    together = min(2 * shared_loads(facts), facts.nonzeros)
     shared, own = (loop_cycles(cpu, f"rows_{vectors}.{kind}") for kind in ("shared", "own"))
     return together / 8 * shared + (facts.nonzeros - together) / 4 * own
 
@@ -150,11 +149,10 @@ def _depthwise(cpu: ArmCpu, problem: Problem) -> Cost:
         raise ValueError("a convolution is priced for a window and maps, and the problem has none")
     layout = Layout.of(window, maps)
     height, width = window.output(maps.height, maps.width)
-    positions = (height - 1) * layout.pitch + width
-    vectors = conv_schedules.depthwise_vectors(cpu.level, positions)
+    schedule = conv_schedules.depthwise_schedule(cpu.level, layout, window, maps)
     outputs = maps.images * problem.facts.out_features / problem.threads
-    tiles = math.ceil(positions / (vectors * LANES))
-    loops = tiles * window.taps * loop_cycles(cpu, f"depthwise_{vectors}")
+    tiles = math.ceil(layout.positions(height, width) / schedule.tile)
+    loops = tiles * window.taps * loop_cycles(cpu, f"depthwise_{schedule.vectors}")
     copied = maps.height * maps.width / LANES * _PACKED + height * width * _STORED
     return Cost(outputs * (loops + copied), 0.0)
 

@@ -45,22 +45,18 @@ class ArmCpu:
         name: as LLVM calls it.
         mca: name of its scheduling model in llvm-mca.
         fmla: 128-bit float32 multiply-adds that a cycle starts.
-        loads: load instructions that a cycle starts.
         caches: bytes.
         ghz: clock of the board that the facts are about.
         bandwidth: GB/s from memory.
-        features: of `fp16`, `dotprod`, `sve` those that it has.
         board: that the clock and the caches are of.
     """
 
     name: str
     mca: str
     fmla: int
-    loads: int
     caches: Caches
     ghz: float
     bandwidth: float
-    features: tuple[str, ...]
     board: str
 
     @property
@@ -115,10 +111,8 @@ def cpu(name: str) -> ArmCpu:
         name=entry["mcpu"],
         mca=entry["mca"],
         fmla=entry["fmla"],
-        loads=entry["loads"],
         caches=Caches(entry["l1"], entry["l2"], entry["l2"]),
         ghz=entry["ghz"],
         bandwidth=entry["bandwidth"],
-        features=tuple(feature for feature in ("fp16", "dotprod", "sve") if entry[feature]),
         board=entry["board"],
     )

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from sparsecomp.kernels import conv, depthwise, panel, rows
@@ -115,7 +114,15 @@ def linear_call(
         packed = QuadWeight.pack(weight, **schedules.row_packing(level, (outputs, inputs), caches.l1))
         cut = schedules.row_call(level, tokens, (outputs, inputs), threads)
         shape = row_schedule(cut.variant)
-        dims = (tokens, inputs, outputs, packed.blocks, packed.block * shape.tile, packed.chunk, cut.splits)
+        dims: tuple[int, ...] = (
+            tokens,
+            inputs,
+            outputs,
+            packed.blocks,
+            packed.block * shape.tile,
+            packed.chunk,
+            cut.splits,
+        )
         scratch = rows.scratch_floats(inputs, packed.chunk, shape)
         source = _source(level, f"rows_{cut.variant}", shape, epilogue, lambda: rows.build(shape, epilogue))
         return SiteCall(Call(source, tuple(rows.weights(packed)), dims, cut.items, scratch))
@@ -123,36 +130,15 @@ def linear_call(
         raise ValueError(f"there is no ARM kernel {candidate.kernel!r}")
     dense = candidate.is_dense
     v = DENSE_V if dense else dict(candidate.params)["v"]
-    panels = _full_panels(weight, v) if dense else PanelWeight.pack(weight.detach().float(), v, signed_zeros=False)
+    weight = weight.detach().float()
+    panels = PanelWeight.full(weight, v) if dense else PanelWeight.pack(weight, v, signed_zeros=False)
     tile = panel_tile(v, tokens)
     schedule = panel_schedule(v, tile)
-    group, splits, items = _panel_cut(tokens, tile, math.ceil(outputs / v), threads)
+    cut = schedules.panel_cut(tile, tokens, math.ceil(outputs / v), threads)
     arrays = tuple(panel.weights(panels, schedule.width))
+    dims = (tokens, inputs, outputs, cut.group, cut.splits)
     source = _source(level, f"panel_{v}_{tile}", schedule, epilogue, lambda: panel.build(schedule, epilogue))
-    return SiteCall(Call(source, arrays, (tokens, inputs, outputs, group, splits), items, panel.SCRATCH_FLOATS))
-
-
-def _panel_cut(tokens: int, tile: int, panels: int, threads: int) -> tuple[int, int, int]:
-    """Tokens of an item, parts of the panels, and items."""
-    tiles = math.ceil(tokens / tile)
-    groups = max(1, math.ceil(tokens / schedules.GROUP_TOKENS))
-    groups = min(tiles, math.ceil(groups / threads) * threads if groups > 1 else groups)
-    group = math.ceil(tiles / groups) * tile
-    groups = math.ceil(tokens / group)
-    splits = 1 if groups >= threads else min(threads, panels)
-    return group, splits, groups * splits
-
-
-def _full_panels(weight: Tensor, v: int) -> PanelWeight:
-    """All columns of a weight, also those that are zero: a dense product."""
-    outputs, inputs = weight.shape
-    panels = -(-outputs // v)
-    padded = torch.zeros(panels * v, inputs)
-    padded[:outputs] = weight.detach().float()
-    values = padded.reshape(panels, v, inputs).transpose(1, 2).reshape(-1, v).contiguous()
-    columns = torch.arange(inputs, dtype=torch.int32).repeat(panels)
-    ptr = torch.arange(panels + 1, dtype=torch.int32) * inputs
-    return PanelWeight(v, (outputs, inputs), ptr, columns, values)
+    return SiteCall(Call(source, arrays, dims, cut.items, panel.SCRATCH_FLOATS))
 
 
 def conv_call(
@@ -178,91 +164,38 @@ def conv_call(
     geometry = Geometry.of(window, maps)
     rows_groups = (packed.group_rows, window.groups)
     cut = conv_schedules.call(level, geometry, maps.images, rows_groups, ROW_VECTORS, threads, caches.l2)
-    schedule = conv.ConvSchedule(LANES, cut.vectors, geometry.masked, cut.whole, _SPREAD)
+    schedule = conv.ConvSchedule(LANES, cut.vectors, _SPREAD, geometry.masked, cut.whole)
     channels = int(weight.shape[1])
-    planes = channels * window.groups * len(geometry.phases)
-    plane, area = geometry.rows * geometry.pitch, geometry.height * geometry.width
-    dense = geometry.pitch == geometry.width
-    sizes = {
-        "planes": planes,
-        "plane": plane,
-        "rows": geometry.rows,
-        "pitch": geometry.pitch,
-        "length": geometry.length,
-        "run": area if dense else geometry.width,
-        "run_pitch": area if dense else geometry.pitch,
-        "runs": 1 if dense else geometry.height,
-        "images": maps.images,
-        "outputs": outputs,
-        "total": maps.images * planes * plane,
-        "columns": columns,
-        "block": packed.block,
-        "block_floats": packed.block * schedule.tile,
-        "blocks": packed.blocks,
-        "chunk": packed.chunk,
-        "group_chunks": packed.group_chunks,
-        "group_rows": packed.group_rows,
-        "group_planes": planes // window.groups,
-        "taps": window.taps,
-        "splits": cut.splits,
-        "parts": cut.splits * window.groups,
-        "image_tiles": cut.image_tiles,
-    }
-    _check_size(max(sizes["total"], maps.images * outputs * area))
-    most = -(-packed.group_chunks // cut.splits)
-    scratch = conv.scratch_floats(schedule, packed.block, packed.chunk, most, window.taps)
+    sizes = conv.weight_sizes(packed, window)
+    dims = conv.dims(schedule, sizes, geometry, maps.images, (window.groups, cut.splits, cut.image_tiles))
+    scratch = conv.scratch_floats(schedule, sizes, cut.splits)
     name = f"conv_{cut.vectors}{'_whole' * cut.whole}{'_masked' * geometry.masked}"
     source = _source(level, name, schedule, epilogue, lambda: conv.build(schedule, epilogue))
     arrays = tuple(conv.weights(packed, table(window, channels)))
-    call = Call(source, arrays, tuple(sizes[name] for name in conv.DIMS), cut.items, scratch)
+    call = Call(source, arrays, tuple(dims), cut.items, scratch)
     if not geometry.opened:
         return SiteCall(call)
-    stride_y, stride_x = window.stride
-    opening = conv.OpenSchedule(LANES, stride_x if stride_x <= 2 else 0)
+    stride = window.stride[1]
+    opening = conv.OpenSchedule(LANES, stride if stride <= 2 else 0)
     name = f"conv_open_{opening.step}"
     source = KernelSource(name, repr(opening), lambda: conv.build_open(opening), level.tvm_target)
-    dims = (maps.height, maps.width, stride_y, stride_x, len(geometry.phases), geometry.rows, geometry.pitch)
     phases = (np.array(geometry.phases, np.int32),)
-    opened = Call(source, phases, dims, maps.images * channels * window.groups, 0)
-    return SiteCall(call, opened, sizes["total"])
+    open_dims = tuple(conv.open_dims(window, maps, geometry))
+    opened = Call(source, phases, open_dims, maps.images * channels * window.groups, 0)
+    planes = channels * window.groups * len(geometry.phases)
+    return SiteCall(call, opened, maps.images * planes * geometry.rows * geometry.pitch)
 
 
 def _depthwise_call(level: ArmLevel, weight: Tensor, window: Window, maps: Maps, epilogue: Epilogue) -> SiteCall:
     layout = depthwise.Layout.of(window, maps)
-    height, width = window.output(maps.height, maps.width)
-    positions = (height - 1) * layout.pitch + width
-    vectors = conv_schedules.depthwise_vectors(level, positions)
-    stride = window.stride[1]
-    schedule = depthwise.DepthwiseSchedule(LANES, vectors, stride if stride <= 2 else 0)
+    schedule = conv_schedules.depthwise_schedule(level, layout, window, maps)
     outputs = int(weight.shape[0])
-    sizes = {
-        "plane": maps.height * maps.width,
-        "width": maps.width,
-        "stride_y": window.stride[0],
-        "stride_x": stride,
-        "phases": len(layout.phases),
-        "pitch": layout.pitch,
-        "padded": layout.padded,
-        "tiles": -(-positions // schedule.tile),
-        "out_height": height,
-        "out_width": width,
-        "channels": window.groups,
-        "outputs": outputs,
-        "taps": window.taps,
-        "total": maps.images * window.groups * maps.height * maps.width,
-    }
-    _check_size(max(sizes["total"], maps.images * outputs * height * width))
     values = weight.detach().float().flatten(1).contiguous().numpy()
-    name = f"depthwise_{vectors}_{schedule.step}"
+    name = f"depthwise_{schedule.vectors}_{schedule.step}"
     source = _source(level, name, schedule, epilogue, lambda: depthwise.build(schedule, epilogue))
-    dims = tuple(sizes[name] for name in depthwise.DIMS)
-    scratch = depthwise.scratch_floats(schedule, layout, height)
+    dims = tuple(depthwise.dims(schedule, layout, window, maps, outputs))
+    scratch = depthwise.scratch_floats(schedule, layout, window.output(maps.height, maps.width)[0])
     return SiteCall(Call(source, (values, layout.distances, layout.phases), dims, maps.images * outputs, scratch))
-
-
-def _check_size(largest: int) -> None:
-    if largest > 2**31 - 1:
-        raise ValueError(f"maps of {largest} values are more than 32-bit numbers address; use fewer images")
 
 
 def _source(level: ArmLevel, name: str, schedule: Any, epilogue: Epilogue, build: Any) -> KernelSource:

@@ -8,7 +8,7 @@ from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import Layout
 from sparsecomp.targets.base import Candidate, Problem
 from sparsecomp.targets.x86 import conv_schedules as schedules
-from sparsecomp.targets.x86.cost import ACTIVATION_COST, Machine, Quantities, shared_columns, traffic
+from sparsecomp.targets.x86.cost import ACTIVATION_COST, Machine, Quantities, shared_loads, traffic
 
 
 def quantities(machine: Machine, candidate: Candidate, problem: Problem) -> tuple[str, Quantities]:
@@ -42,9 +42,7 @@ def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     # Passes over the whole weight that the busiest thread makes.
     passes = call.tiles * call.share(problem.threads)
     packed = passes * call.splits * window.groups * shape[1]
-    # Rows that were pruned alike share more than the matching of random ones finds.
-    shared = max(shared_columns(facts.density) * facts.nonzeros, facts.nonzeros - facts.panels[2])
-    loads = facts.nonzeros - shared
+    loads = facts.nonzeros - shared_loads(facts)
     quads = math.ceil(rows[0] / 4) * window.groups * blocks
     planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)
     return {

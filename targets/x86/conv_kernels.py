@@ -93,16 +93,7 @@ class X86ConvKernel(_X86Kernel):
         packing = schedules.packing(level, shape, window.groups, vectors, caches().l1)
         packed = QuadWeight.pack(matrix, **packing)
         super().__init__(level, window, Weights(conv.weights(packed, table(window, self._channels))), shape[0])
-        self._sizes = {
-            "outputs": shape[0],
-            "columns": shape[1],
-            "block": packed.block,
-            "blocks": packed.blocks,
-            "chunk": packed.chunk,
-            "group_chunks": packed.group_chunks,
-            "group_rows": packed.group_rows,
-            "taps": window.taps,
-        }
+        self._sizes = conv.weight_sizes(packed, window)
 
     def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
         window, threads = self._window, torch.get_num_threads()
@@ -110,48 +101,23 @@ class X86ConvKernel(_X86Kernel):
         rows = (self._sizes["group_rows"], window.groups)
         cut = schedules.call(self._level, geometry, maps.images, rows, self._vectors, threads, caches().l2)
         spread = weight_spread(self._level)
-        schedule = conv.ConvSchedule(self._level.lanes, cut.vectors, geometry.masked, cut.whole, spread)
+        schedule = conv.ConvSchedule(self._level.lanes, cut.vectors, spread, geometry.masked, cut.whole)
         after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
         function = self._function("conv", f"{schedule!r} {after!r}", lambda: conv.build(schedule, after))
-        channels = self._channels * window.groups
-        planes = channels * len(geometry.phases)
-        plane = geometry.rows * geometry.pitch
-        dense = geometry.pitch == geometry.width
-        area = geometry.height * geometry.width
-        sizes = self._sizes | {
-            "planes": planes,
-            "plane": plane,
-            "rows": geometry.rows,
-            "pitch": geometry.pitch,
-            "length": geometry.length,
-            "run": area if dense else geometry.width,
-            "run_pitch": area if dense else geometry.pitch,
-            "runs": 1 if dense else geometry.height,
-            "images": maps.images,
-            "total": maps.images * planes * plane,
-            "block_floats": self._sizes["block"] * schedule.tile,
-            "group_planes": planes // window.groups,
-            "splits": cut.splits,
-            "parts": cut.splits * window.groups,
-            "image_tiles": cut.image_tiles,
-        }
-        largest = max(sizes["total"], maps.images * sizes["outputs"] * area)
-        if largest > 2**31 - 1:
-            raise ValueError(f"maps of {largest} values are more than 32-bit numbers address; call with fewer images")
-        most = -(-sizes["group_chunks"] // cut.splits)
-        scratch = conv.scratch_floats(schedule, sizes["block"], sizes["chunk"], most, window.taps)
-        dims = [sizes[name] for name in conv.DIMS]
+        cuts = (window.groups, cut.splits, cut.image_tiles)
+        dims = conv.dims(schedule, self._sizes, geometry, maps.images, cuts)
+        scratch = conv.scratch_floats(schedule, self._sizes, cut.splits)
         launch = Launch(function, self._weights, dims, cut.items, threads, scratch)
-        opened = (maps.images, planes, geometry.rows, geometry.pitch)
+        channels = self._channels * window.groups
+        opened = (maps.images, channels * len(geometry.phases), geometry.rows, geometry.pitch)
         return _Call(launch, self._opening(maps, geometry, channels, threads) if geometry.opened else None, opened)
 
     def _opening(self, maps: Maps, geometry: Geometry, channels: int, threads: int) -> Launch:
-        stride_y, stride_x = self._window.stride
-        schedule = conv.OpenSchedule(self._level.lanes, stride_x if stride_x <= 2 else 0)
+        stride = self._window.stride[1]
+        schedule = conv.OpenSchedule(self._level.lanes, stride if stride <= 2 else 0)
         function = self._function("conv_open", repr(schedule), lambda: conv.build_open(schedule))
-        phases = len(geometry.phases)
-        dims = [maps.height, maps.width, stride_y, stride_x, phases, geometry.rows, geometry.pitch]
         weights = Weights([np.array(geometry.phases, np.int32)])
+        dims = conv.open_dims(self._window, maps, geometry)
         return Launch(function, weights, dims, maps.images * channels, threads, 0)
 
 
@@ -166,34 +132,11 @@ class X86DepthwiseKernel(_X86Kernel):
     def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
         window, threads = self._window, torch.get_num_threads()
         layout = depthwise.Layout.of(window, maps)
-        stride = window.stride[1]
-        height, width = window.output(maps.height, maps.width)
-        positions = (height - 1) * layout.pitch + width
-        vectors = schedules.depthwise_vectors(self._level, positions)
-        schedule = depthwise.DepthwiseSchedule(self._level.lanes, vectors, stride if stride <= 2 else 0)
+        schedule = schedules.depthwise_schedule(self._level, layout, window, maps)
         after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
         function = self._function("depthwise", f"{schedule!r} {after!r}", lambda: depthwise.build(schedule, after))
-        sizes = {
-            "plane": maps.height * maps.width,
-            "width": maps.width,
-            "stride_y": window.stride[0],
-            "stride_x": stride,
-            "phases": len(layout.phases),
-            "pitch": layout.pitch,
-            "padded": layout.padded,
-            "tiles": -(-positions // schedule.tile),
-            "out_height": height,
-            "out_width": width,
-            "channels": window.groups,
-            "outputs": self._outputs,
-            "taps": window.taps,
-            "total": maps.images * window.groups * maps.height * maps.width,
-        }
-        largest = max(sizes["total"], maps.images * self._outputs * height * width)
-        if largest > 2**31 - 1:
-            raise ValueError(f"maps of {largest} values are more than 32-bit numbers address; call with fewer images")
+        dims = depthwise.dims(schedule, layout, window, maps, self._outputs)
         weights = Weights([self._values, layout.distances, layout.phases])
-        scratch = depthwise.scratch_floats(schedule, layout, height)
-        dims = [sizes[name] for name in depthwise.DIMS]
+        scratch = depthwise.scratch_floats(schedule, layout, window.output(maps.height, maps.width)[0])
         launch = Launch(function, weights, dims, maps.images * self._outputs, threads, scratch)
         return _Call(launch, None, ())

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 
 from sparsecomp.kernels.conv_geometry import Geometry
+from sparsecomp.kernels.depthwise import DepthwiseSchedule, Layout
 from sparsecomp.targets.x86.cpu import Level
+from sparsecomp.window import Maps, Window
 
 # Share of the L1 cache that a packed block takes; weights and sums stream through the rest.
 L1_SHARE = 0.8
@@ -99,9 +101,12 @@ def call(
     return min(calls, key=lambda found: (work(found), -found.vectors))
 
 
-def depthwise_vectors(level: Level, positions: int) -> int:
-    """Vectors of a tile of the depthwise kernel: the fewest of them in all, and wide tiles."""
-    return min(range(1, level.vectors + 1), key=lambda v: math.ceil(positions / (v * level.lanes)) * (v + STEP_COST))
+def depthwise_schedule(level: Level, layout: Layout, window: Window, maps: Maps) -> DepthwiseSchedule:
+    """The schedule of the depthwise kernel: the fewest vectors in all, and wide tiles, whose sums do not wait."""
+    positions = layout.positions(*window.output(maps.height, maps.width))
+    widths = range(1, (8 if level.lanes == 16 else 4) + 1)
+    vectors = min(widths, key=lambda v: math.ceil(positions / (v * level.lanes)) * (v + STEP_COST))
+    return DepthwiseSchedule(level.lanes, vectors, window.stride[1] if window.stride[1] <= 2 else 0)
 
 
 def _splits(tiles: int, chunks: int, threads: int, least: int) -> int:

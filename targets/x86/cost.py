@@ -60,7 +60,7 @@ def _rows(machine: Machine, candidate: Candidate, problem: Problem) -> Quantitie
     # Passes over the weight: one for every tile.
     passes = call.tiles * share
     nonzeros, vectors = facts.nonzeros, call.variant
-    loads = nonzeros * (1 - shared_columns(facts.density))
+    loads = nonzeros - shared_loads(facts)
     quads = math.ceil(shape[0] / 4) * blocks
     tile = vectors * level.lanes
     return {
@@ -76,9 +76,14 @@ def _rows(machine: Machine, candidate: Candidate, problem: Problem) -> Quantitie
     }
 
 
-def shared_columns(density: float) -> float:
-    """Share of the loads that two rows of a pair save, as matching the rows of random weights was seen to give it."""
-    return 0.75 * density if density < 0.1 else 0.5 * density + 0.03 * (1 - density)
+def shared_loads(facts: WeightFacts) -> float:
+    """Loads that the pairs of quads save: an entry whose partner keeps its column too needs none of its own.
+
+    For random rows the share is that which matching was seen to give; rows that were pruned alike share all.
+    """
+    density = facts.density
+    share = 0.75 * density if density < 0.1 else 0.5 * density + 0.03 * (1 - density)
+    return max(share * facts.nonzeros, facts.nonzeros - facts.panels[2])
 
 
 def _panel(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:

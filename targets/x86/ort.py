@@ -47,7 +47,8 @@ def _pack(level: Level, candidate: Candidate, weight: Tensor) -> PackedForm:
         return PackedForm("rows", 1, {**sizes, "chunk": quads.chunk, "block": quads.block}, _arrays(quads))
     if candidate.kernel == "full":
         v = full_panel(level)
-        return PackedForm("full", v, sizes, {"values": _panels(weight.detach().float().numpy(), v)}, v)
+        values = PanelWeight.full(weight.detach().float(), v).values
+        return PackedForm("full", v, sizes, {"values": values.reshape(-1).numpy()}, v)
     if candidate.kernel == "panel":
         v = dict(candidate.params)["v"]
         width = schedules.panel_width(level, v)
@@ -63,14 +64,6 @@ def _pack(level: Level, candidate: Candidate, weight: Tensor) -> PackedForm:
         mask = MaskWeight.pack(weight)
         return PackedForm("mask", 1, sizes, {"values": mask.values, "masks": mask.masks, "ptr": mask.ptr})
     raise ValueError(f"target x86:{level.name} has no kernel {candidate.kernel!r} for ONNX Runtime")
-
-
-def _panels(weight: npt.NDArray[np.float32], v: int) -> npt.NDArray[np.float32]:
-    """A dense weight `[O, I]` as panels of v outputs, `[panels, I, v]` made flat, with zeros behind the last output."""
-    outputs, inputs = weight.shape
-    padded = np.zeros((-(-outputs // v) * v, inputs), np.float32)
-    padded[:outputs] = weight
-    return np.ascontiguousarray(padded.reshape(-1, v, inputs).transpose(0, 2, 1)).reshape(-1)
 
 
 def pack_conv(level: Level, candidate: Candidate, weight: Tensor, window: Window) -> PackedWeight:
@@ -135,7 +128,7 @@ def conv_kernels(
     spread = schedules.spread(level)
     found = []
     for number, whole in sorted(wanted):
-        schedule = conv.ConvSchedule(level.lanes, number, masked, whole, spread)
+        schedule = conv.ConvSchedule(level.lanes, number, spread, masked, whole)
         name = f"conv_{number}{'_whole' * whole}{'_masked' * masked}"
         found.append(OrtKernel(number, _source(level, name, schedule, epilogue, conv.build), whole))
     # As `Geometry.of`: with a stride, or where the output is wider than the map.

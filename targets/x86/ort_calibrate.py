@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsecomp.kernels import panel
 from sparsecomp.kernels.epilogue import Epilogue
+from sparsecomp.patterns import PanelWeight
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, function_of
 from sparsecomp.runtime.ort_timing import conv_chain_call, product_call
 from sparsecomp.targets.base import DENSE, Problem, WeightFacts
@@ -30,7 +31,7 @@ from sparsecomp.targets.x86.calibrate import (
     median_seconds,
 )
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, level
-from sparsecomp.targets.x86.ort_target import full_panel, full_quantities, full_tiles
+from sparsecomp.targets.x86.ort_target import full_panel, full_quantities, full_tile
 from sparsecomp.window import Maps, Window
 
 _TOKENS = {"dense_one": (1,), "dense_few": (2, 3, 4, 6, 8, 12), "dense": (16, 24, 32, 64, 100, 128, 256)}
@@ -150,20 +151,12 @@ def full_call(
     """A product with a weight `[O, I]` in the library's dense form, without ONNX Runtime, and where its result goes."""
     machine = level(level_name)
     v, (tokens, inputs), outputs = full_panel(machine), x.shape, weight.shape[0]
-    step = schedules.PANEL_STEP_COST
-    tile = min(full_tiles(machine), key=lambda t: (-(-tokens // t) * (t + step), -t))
+    tile = full_tile(machine, tokens)
     schedule = schedules.panel_schedule(machine, v, tile)
     source = KernelSource(
         f"full{v}_{tile}", f"{schedule!r}", lambda: panel.build(schedule, Epilogue()), machine.tvm_target
     )
-    panels = -(-outputs // v)
-    values = np.zeros((panels * v, inputs), np.float32)
-    values[:outputs] = weight
-    arrays = [
-        np.ascontiguousarray(values.reshape(panels, v, inputs).transpose(0, 2, 1)).reshape(-1),
-        np.tile(np.arange(inputs, dtype=np.int32), panels),
-        np.arange(panels + 1, dtype=np.int32) * np.int32(inputs),
-    ]
+    arrays = panel.weights(PanelWeight.full(torch.from_numpy(weight), v), schedule.width)
     group = -(-tokens // tile) * tile
     dims = [tokens, inputs, outputs, group, 1]
     launch = Launch(function_of(source), Weights(arrays), dims, 1, 1, panel.SCRATCH_FLOATS)

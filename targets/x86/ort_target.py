@@ -130,11 +130,16 @@ def full_tiles(level: Level) -> list[int]:
     return [tile for tile in _TILES if 3 * tile + 2 <= registers]
 
 
+def full_tile(level: Level, tokens: int) -> int:
+    """The register tile of the dense form with the least work for so many tokens."""
+    step = schedules.PANEL_STEP_COST
+    return min(full_tiles(level), key=lambda t: (math.ceil(tokens / t) * (t + step), -t))
+
+
 def full_quantities(machine: cost.Machine, problem: Problem) -> cost.Quantities:
     """What the cost model counts for the dense form; see `targets.x86.cost`."""
     facts, level, tokens = problem.facts, machine.level, problem.tokens
-    step = schedules.PANEL_STEP_COST
-    tile = min(full_tiles(level), key=lambda t: (math.ceil(tokens / t) * (t + step), -t))
+    tile = full_tile(level, tokens)
     columns = math.ceil(facts.out_features / full_panel(level)) * facts.in_features
     share = 1 / problem.threads
     passes = math.ceil(tokens / tile)

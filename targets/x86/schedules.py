@@ -117,12 +117,16 @@ def panel_width(level: Level, v: int) -> int:
 def panel_call(level: Level, v: int, tokens: int, shape: tuple[int, int], threads: int) -> Call:
     """The register tile with the least work, and groups of tokens, or splits of the panels, for every thread."""
     tile = min((1, 2, 4, level.panel_tokens), key=lambda t: (math.ceil(tokens / t) * (t + PANEL_STEP_COST), -t))
+    return panel_cut(tile, tokens, math.ceil(shape[0] / v), threads)
+
+
+def panel_cut(tile: int, tokens: int, panels: int, threads: int) -> Call:
+    """How so many panels and tokens are shared out, for a register tile of `tile` tokens."""
     tiles = math.ceil(tokens / tile)
     groups = max(1, math.ceil(tokens / GROUP_TOKENS))
     if groups > 1:
         groups = math.ceil(groups / threads) * threads
     group = math.ceil(tiles / groups) * tile
     groups = math.ceil(tokens / group)
-    panels = max(1, math.ceil(shape[0] / v))
-    splits = 1 if groups >= threads else min(threads, panels)
-    return Call(tile, tiles, splits, group, panels, groups * splits)
+    splits = 1 if groups >= threads else max(1, min(threads, panels))
+    return Call(tile, tiles, splits, group, max(1, panels), groups * splits)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Pattern
-from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, ConvKernel, Kernel, Problem, Target, WeightFacts
+from sparsecomp.targets.base import (
+    DENSE,
+    DEPTHWISE,
+    Candidate,
+    ConvKernel,
+    Kernel,
+    Problem,
+    Target,
+    WeightFacts,
+    label_of,
+)
 from sparsecomp.targets.skip import SkipRows, SkipSpec
 from sparsecomp.targets.x86 import calibration, conv_cost, conv_schedules, cost, schedules
 from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel
@@ -60,7 +70,7 @@ class X86Target(Target):
         found = [DENSE]
         if not facts.nonzeros < facts.out_features * facts.in_features:
             return found
-        single = _label(facts, 1, allowed)
+        single = label_of(facts, 1, allowed)
         if single is not None:
             found.append(Candidate("rows", single))
             if facts.in_features <= _MAX_GATHER_INPUTS:
@@ -68,7 +78,7 @@ class X86Target(Target):
             if self._level.spread:
                 found.append(Candidate("mask", single))
         for v in PANELS:
-            shared = _label(facts, v, allowed)
+            shared = label_of(facts, v, allowed)
             if shared is not None:
                 found.append(Candidate("panel", shared, (("v", v),)))
         return found
@@ -113,7 +123,7 @@ class X86Target(Target):
         """See `Target.conv_candidates`."""
         if window.is_depthwise(facts.in_features):
             return [DENSE, DEPTHWISE]
-        label = _label(facts, None, allowed)
+        label = label_of(facts, None, allowed)
         if label is None or not facts.nonzeros < facts.out_features * facts.in_features:
             return [DENSE]
         widest = conv_schedules.widest(self._level)
@@ -158,28 +168,3 @@ class X86Target(Target):
         if candidate.kernel == "mask":
             return 4 * nonzeros + 2 * outputs * -(-inputs // 16) + 4 * outputs
         return super().packed_bytes(candidate, facts, dtype)
-
-
-def _label(facts: WeightFacts, v: int | None, allowed: Collection[str] | None) -> str | None:
-    """The pattern under which a kernel for panels of v rows takes a weight; None if `allowed` has none for it.
-
-    Of the patterns that the weight satisfies, the fullest whose shared rows are a multiple of v; `unstructured` always
-    holds, and says nothing more than that the kernel finds the zeros by itself. The kernel of convolutions (v of None)
-    finds rows that share columns by itself too, whatever their number.
-    """
-    kinds = ("nm", "vnm", "block") if v is not None else ("nm", "vnm", "block", "taps")
-    found = [d.pattern for d in facts.patterns if d.pattern.kind in kinds and d.pattern.shared_rows % (v or 1) == 0]
-    if v == 1:
-        found = [pattern for pattern in found if pattern.shared_rows == 1]
-    if allowed is None:
-        return _plain(found[0]) if found and facts.patterns[0].pattern == found[0] else "unstructured"
-    for text in allowed:
-        pattern = Pattern.parse(text)
-        if pattern.kind == "unstructured" or (pattern.kind != "dense" and any(pattern.admits(p) for p in found)):
-            return _plain(pattern)
-    return None
-
-
-def _plain(pattern: Pattern) -> str:
-    """A pattern without the share of zeros that it was found with."""
-    return str(pattern).partition("@")[0]
