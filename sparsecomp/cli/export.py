@@ -14,7 +14,9 @@ from sparsecomp.cli.onnx import Exclude, PlanFile, Shapes, sizes_of
 def export(
     model: Annotated[Path, typer.Argument(help="An ONNX model, or a program of torch.export (.pt2).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    target: Annotated[str, typer.Option(help="arm; host builds the same code for this machine, to test it.")] = "arm",
+    target: Annotated[
+        str, typer.Option(help="arm; host: the same code for this machine, to test it; hls: an FPGA.")
+    ] = "arm",
     cpu: Annotated[str, typer.Option(help="The board's CPU, such as cortex-a53.")] = "cortex-a76",
     shape: Shapes = None,
     plan: PlanFile = None,
@@ -22,10 +24,33 @@ def export(
     threads: Annotated[int, typer.Option(min=1, help="Most that a call uses, where OpenMP is on.")] = 1,
     ram: Annotated[str | None, typer.Option(help="What the board has for the model, such as 512K or 4M.")] = None,
     flash: Annotated[str | None, typer.Option(help="The same for weights and kernels.")] = None,
+    part: Annotated[str, typer.Option(help="hls: the device, such as xc7z020.")] = "xczu7ev",
+    clock: Annotated[str, typer.Option(help="hls: of the design.")] = "5ns",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="hls: an .npz file with samples of the input by its name; quantises a float model."),
+    ] = None,
+    max_dsp: Annotated[int | None, typer.Option(help="hls: DSP slices that the design may take.")] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(help="hls: of a call, such as 1ms; the smallest such design.")
+    ] = None,
+    vectors: Annotated[int, typer.Option(help="hls: rows of a call, where the model leaves them open.")] = 1,
 ) -> None:
-    """Write a package of C, objects and weights that runs a model on a board without Python, PyTorch or TVM."""
+    """Write a package of C, objects and weights that runs a model on a board without Python, PyTorch or TVM.
+
+    With --target hls: a project of C++ for high-level synthesis, of an int8 network.
+    """
     with errors_for_people():
         sizes = sizes_of(shape)
+        if target == "hls":
+            if sizes or plan or exclude or threads != 1 or ram or flash:
+                raise ValueError(
+                    "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --vectors"
+                )
+            _export_hls(model, output, part, clock, calibration, max_dsp, max_latency, vectors)
+            return
+        if calibration or max_dsp is not None or max_latency is not None:
+            raise ValueError("--calibration, --max-dsp and --max-latency belong to --target hls")
         try:
             from sparsecomp.exporting.api import export as write
         except ModuleNotFoundError as error:
@@ -43,3 +68,31 @@ def export(
         )
     print(report)
     print(f"written to {output}")
+
+
+def _export_hls(
+    model: Path,
+    output: Path,
+    part: str,
+    clock: str,
+    calibration: Path | None,
+    max_dsp: int | None,
+    max_latency: str | None,
+    vectors: int,
+) -> None:
+    try:
+        from sparsecomp.hls.api import export_hls
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'sparsecomp[onnx]'") from error
+    made = export_hls(
+        model,
+        output=output,
+        part=part,
+        clock=clock,
+        calibration=calibration,
+        max_dsp=max_dsp,
+        max_latency=max_latency,
+        vectors=vectors,
+    )
+    print(made)
+    print(f"written to {output}; make -C {output} csim simulates it")
