@@ -88,7 +88,7 @@ def _rows(cpu: ArmCpu, problem: Problem) -> Cost:
     facts, level = problem.facts, cpu.level
     shape = (facts.out_features, facts.in_features)
     call = schedules.row_call(level, problem.tokens, shape, problem.threads)
-    block = schedules.row_packing(level, shape, cpu.caches.l1)["block"]
+    block = schedules.row_packing(level, shape, cpu.caches.l1, facts.nonzeros)["block"]
     quads = math.ceil(shape[0] / 4) * math.ceil(shape[1] / block)
     passes = call.tiles * call.share(problem.threads)
     tile = call.variant * LANES

@@ -111,7 +111,8 @@ def linear_call(
     tokens, threads = call
     outputs, inputs = int(weight.shape[0]), int(weight.shape[1])
     if candidate.kernel == "rows":
-        packed = QuadWeight.pack(weight, **schedules.row_packing(level, (outputs, inputs), caches.l1))
+        packing = schedules.row_packing(level, (outputs, inputs), caches.l1, int(weight.count_nonzero()))
+        packed = QuadWeight.pack(weight, **packing)
         cut = schedules.row_call(level, tokens, (outputs, inputs), threads)
         shape = row_schedule(cut.variant)
         dims: tuple[int, ...] = (

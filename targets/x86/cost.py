@@ -54,7 +54,7 @@ def _rows(machine: Machine, candidate: Candidate, problem: Problem) -> Quantitie
     facts, level = problem.facts, machine.level
     shape = (facts.out_features, facts.in_features)
     call = schedules.row_call(level, problem.tokens, shape, problem.threads)
-    packing = schedules.row_packing(level, shape, machine.caches.l1)
+    packing = schedules.row_packing(level, shape, machine.caches.l1, facts.nonzeros)
     blocks = math.ceil(shape[1] / packing["block"])
     share = call.share(problem.threads)
     # Passes over the weight: one for every tile.

@@ -97,7 +97,9 @@ class RowsKernel(X86Kernel):
 
     def __init__(self, level: Level, weight: Tensor) -> None:
         shape = (weight.shape[0], weight.shape[1])
-        packed = QuadWeight.pack(weight, **schedules.row_packing(level, shape, caches().l1))
+        packed = QuadWeight.pack(
+            weight, **schedules.row_packing(level, shape, caches().l1, int(weight.count_nonzero()))
+        )
         self._block, self._chunk = packed.block, packed.chunk
         super().__init__(level, shape, rows.weights(packed))
 

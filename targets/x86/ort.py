@@ -43,7 +43,8 @@ def _pack(level: Level, candidate: Candidate, weight: Tensor) -> PackedForm:
     sizes = {"outputs": int(weight.shape[0]), "inputs": int(weight.shape[1])}
     if candidate.kernel == "rows":
         shape = (sizes["outputs"], sizes["inputs"])
-        quads = QuadWeight.pack(weight, **schedules.row_packing(level, shape, caches().l1))
+        packing = schedules.row_packing(level, shape, caches().l1, int(weight.count_nonzero()))
+        quads = QuadWeight.pack(weight, **packing)
         return PackedForm("rows", 1, {**sizes, "chunk": quads.chunk, "block": quads.block}, _arrays(quads))
     if candidate.kernel == "full":
         v = full_panel(level)

@@ -157,7 +157,7 @@ class X86Target(Target):
         """See `Target.packed_bytes`; close to it for quads, which share columns and are filled up with a few zeros."""
         outputs, inputs, nonzeros = facts.out_features, facts.in_features, facts.nonzeros
         if candidate.kernel == "rows":
-            packing = schedules.row_packing(self._level, (outputs, inputs), self._machine.caches.l1)
+            packing = schedules.row_packing(self._level, (outputs, inputs), self._machine.caches.l1, nonzeros)
             quads = -(-outputs // 4) * -(-inputs // packing["block"])
             return 6 * nonzeros + 32 * quads
         if candidate.kernel == "conv":

@@ -44,12 +44,14 @@ def test_one_thread_never_splits(level: cpu.Level, tokens: int, shape: tuple[int
 
 @given(LEVELS, SHAPES, st.sampled_from([16384, 32768, 49152, 131072]))
 def test_blocks_of_rows_fit_the_first_cache(level: cpu.Level, shape: tuple[int, int], l1: int) -> None:
-    packing = schedules.row_packing(level, shape, l1)
+    few = shape[0] * shape[1] // 8
+    packing = schedules.row_packing(level, shape, l1, 4 * few + 3)
     assert packing["chunk"] % level.lanes == 0
     assert packing["chunk"] <= level.chunk
     assert math.ceil(shape[0] / packing["chunk"]) == schedules.row_call(level, 1, shape, 1).parts
     assert 1 <= packing["block"] <= min(shape[1], 65536)
     assert packing["block"] * 4 * level.lanes * level.vectors <= level.l1_share * l1
+    assert schedules.row_packing(level, shape, l1, few)["block"] >= packing["block"]
     blocks = math.ceil(shape[1] / packing["block"])
     assert blocks * packing["block"] - shape[1] < max(blocks, packing["block"])
 
