@@ -148,11 +148,12 @@ def optimize(
     loaded.metadata_props[PLAN_KEY] = report.plan.to_json()
     path = Path(output)
     if variants:
-        calls: dict[Window | None, set[tuple[Maps, int, int]]] = {}
+        calls: dict[Window | None, set[tuple[Maps, tuple[int, int], int]]] = {}
         for item in chosen:
             if isinstance(item.site, ConvSite):
                 vectors = dict(item.choice.chosen.params)["vectors"]
-                calls.setdefault(item.site.window, set()).add((item.site.maps, item.site.out_features, vectors))
+                shape = (item.site.out_features, item.site.in_features)
+                calls.setdefault(item.site.window, set()).add((item.site.maps, shape, vectors))
         operations = [_operation(variant, level, calls.get(variant.window, set())) for variant in variants]
         build_library(operations, ort.ort_target(level), library_of(path))
     _save(loaded, path)
@@ -313,7 +314,7 @@ def _replacement(item: Planned, level: Level) -> Replacement:
     )
 
 
-def _operation(variant: Variant, level: Level, calls: Collection[tuple[Maps, int, int]]) -> OrtOperation:
+def _operation(variant: Variant, level: Level, calls: Collection[tuple[Maps, tuple[int, int], int]]) -> OrtOperation:
     from sparsecomp.kernels.epilogue import Epilogue
     from sparsecomp.targets.x86 import ort
 

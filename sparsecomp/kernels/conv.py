@@ -5,6 +5,7 @@ weight's columns (a column is an input channel and a tap of the kernel window) t
 one aligned row for each column, small enough for the L1 cache; all output channels then use it, so that packing costs
 little. With the stride taken out beforehand (see :func:`build_open`) the input of a tap is the map moved by a constant,
 whatever the tap: packing is one unaligned load and one `and` with a mask that clears what lies outside of the map.
+A window of 1 x 1 can use the map where it lies, if its planes are whole vectors.
 
 Rows of the weight come in quads, see `sparsecomp.patterns.quads`. The sums of a quad go to scratch between blocks and,
 with the epilogue, to y after the last one: in NCHW the lanes are what lies next to each other in y.
@@ -62,10 +63,17 @@ class ConvSchedule(QuadShape):
         masked: whether taps reach outside of the map; false for windows of 1 x 1 without padding.
         whole: whether a tile lies within one image whose positions all count; else tiles run on over the images and
             the sums are stored run by run, which small maps and maps with unused columns need.
+        direct: whether the input is used where it lies, for windows of 1 x 1 and whole tiles; else it is packed.
     """
 
     masked: bool
     whole: bool
+    direct: bool
+
+    @property
+    def label(self) -> str:
+        """What tells the variants of the kernel apart, as a part of a name in C."""
+        return f"{self.vectors}{'_direct' * self.direct or '_whole' * self.whole}{'_masked' * self.masked}"
 
     @property
     def mask_row(self) -> int:
@@ -180,7 +188,8 @@ def build(schedule: ConvSchedule, epilogue: Epilogue) -> tir.Expr:
             if schedule.masked:
                 _make_masks(args, schedule, d, place)
             with tir.loop(d["blocks"]) as block:
-                _pack_block(args, schedule, d, place, block)
+                if not schedule.direct:
+                    _pack_block(args, schedule, d, place, block)
                 with tir.loop(chunks) as c:
                     chunk = tir.bind(group * d["group_chunks"] + first_chunk + c)
                     start = tir.bind(TABLE_FIELDS * d["columns"] + chunk * d["blocks"] + block)
@@ -316,7 +325,12 @@ def _quad(
     first_row, sums = target
     work = Quad(args, schedule, quad, sums)
     work.begin(block)
-    work.add(tir.const(0, "int64"))
+    if schedule.direct:
+        plane = tir.bind(place.image * d["planes"] + place.group * d["group_planes"] + block * d["block"])
+        pitch = tir.bind(tir.cast("int64", d["plane"]))
+        work.add(tir.bind(tir.cast("int64", plane) * pitch + tir.cast("int64", place.first)), (args["x"], pitch))
+    else:
+        work.add(tir.const(0, "int64"))
     if not schedule.whole:
         work.keep()
         return

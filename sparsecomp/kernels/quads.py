@@ -66,8 +66,15 @@ class Quad:
                 waiting = tir.load(self._args["scratch"], self._waiting[member] + at, lanes)
                 tir.store(self._total, slot, waiting, lanes)
 
-    def add(self, base: tir.Expr) -> None:
-        """Add a block of columns, whose part of the tile begins in scratch at `base` (int64)."""
+    def add(self, base: tir.Expr, maps: tuple[tir.Expr, tir.Expr] | None = None) -> None:
+        """Add a block of columns.
+
+        Args:
+            base: where the first of them begins (int64).
+            maps: the buffer that they are in and the floats from one to the next (int64), if they are not in scratch,
+                a tile each.
+        """
+        self._columns = maps or (self._args["scratch"], tir.const(self._shape.tile, "int64"))
         words, shared, own = self._args["w1"], self._shared, self._own
         with tir.loop(shared) as i:
             word = tir.bind(words[self._word + i])
@@ -99,12 +106,12 @@ class Quad:
     def _column(self, base: tir.Expr, word: tir.Expr, place: int) -> tir.Expr:
         shifted = word >> tir.const(16 * place, "uint64") if place else word
         low = shifted & tir.const(0xFFFF, "uint64") if place < QUAD - 1 else shifted
-        return tir.bind(base + tir.cast("int64", low) * tir.const(self._shape.tile, "int64"))
+        return tir.bind(base + tir.cast("int64", low) * self._columns[1])
 
     def _multiply(self, members: tuple[int, ...], factors: list[tir.Expr], at: tir.Expr) -> None:
         lanes, tile = self._shape.lanes, self._shape.tile
         for v in range(self._shape.vectors):
-            activation = tir.load(self._args["scratch"], at + tir.const(v * lanes, "int64"), lanes)
+            activation = tir.load(self._columns[0], at + tir.const(v * lanes, "int64"), lanes)
             activation = tir.bind(activation) if len(members) > 1 else activation
             for member in members:
                 slot = member * tile + v * lanes

@@ -127,15 +127,16 @@ def _conv(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
     shape = (facts.out_features, facts.in_features)
     geometry = Geometry.of(window, maps)
     rows = (shape[0] // window.groups, window.groups)
-    call = conv_schedules.call(level, geometry, maps.images, rows, ROW_VECTORS, problem.threads, cpu.caches.l2)
     block = conv_schedules.packing(level, shape, window.groups, ROW_VECTORS, cpu.caches.l1)["block"]
+    packed_for = (ROW_VECTORS, block)
+    call = conv_schedules.call(level, geometry, maps.images, rows, packed_for, problem.threads, cpu.caches)
     blocks = math.ceil(shape[1] / block)
     passes = call.tiles * call.share(problem.threads)
     if candidate.is_dense:
         entries = shape[0] * shape[1]
         facts = WeightFacts(*shape, entries, {**facts.panels, 2: entries // 2}, ())
     quads = math.ceil(rows[0] / 4) * window.groups * blocks
-    packed = call.splits * window.groups * shape[1] * call.vectors
+    packed = 0 if call.direct else call.splits * window.groups * shape[1] * call.vectors
     cycles = _entries(cpu, facts, call.vectors) + quads * (_QUAD + 4 * call.vectors * _SUM)
     cycles += packed * (_MASKED if geometry.masked else _PACKED) + shape[0] * call.vectors * LANES * _STORED
     planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)

@@ -164,14 +164,14 @@ def conv_call(
     packed = QuadWeight.pack(matrix, **packing)
     geometry = Geometry.of(window, maps)
     rows_groups = (packed.group_rows, window.groups)
-    cut = conv_schedules.call(level, geometry, maps.images, rows_groups, ROW_VECTORS, threads, caches.l2)
-    schedule = conv.ConvSchedule(LANES, cut.vectors, _SPREAD, geometry.masked, cut.whole)
+    packed_for = (ROW_VECTORS, packed.block)
+    cut = conv_schedules.call(level, geometry, maps.images, rows_groups, packed_for, threads, caches)
+    schedule = conv.ConvSchedule(LANES, cut.vectors, _SPREAD, geometry.masked, cut.whole, cut.direct)
     channels = int(weight.shape[1])
     sizes = conv.weight_sizes(packed, window)
     dims = conv.dims(schedule, sizes, geometry, maps.images, (window.groups, cut.splits, cut.image_tiles))
     scratch = conv.scratch_floats(schedule, sizes, cut.splits)
-    name = f"conv_{cut.vectors}{'_whole' * cut.whole}{'_masked' * geometry.masked}"
-    source = _source(level, name, schedule, epilogue, lambda: conv.build(schedule, epilogue))
+    source = _source(level, f"conv_{schedule.label}", schedule, epilogue, lambda: conv.build(schedule, epilogue))
     arrays = tuple(conv.weights(packed, table(window, channels)))
     call = Call(source, arrays, tuple(dims), cut.items, scratch)
     if not geometry.opened:

@@ -37,6 +37,7 @@ SHAPES = (
     (128, 128, 56, 3, 2),
     (32, 32, 112, 3, 1),
     (32, 64, 28, 5, 1),
+    (3, 64, 224, 7, 2),
 )
 DEPTHWISE_SHAPES = (
     (32, 112, 3, 1),
@@ -77,6 +78,8 @@ class ConvCase:
             raise ValueError("a convolution is measured for a window and maps, and the problem has none")
         x = torch.randn(maps.images, self.weight.shape[1] * window.groups, maps.height, maps.width)
         if self.candidate.is_dense:
+            # As Inductor lays them out.
+            x = x.to(memory_format=torch.channels_last)
             return lambda: convolve(x, self.weight, window)
         kernel = X86Target(level_name).prepare_conv(self.candidate, self.weight, window)
         out = torch.empty(maps.images, self.weight.shape[0], *window.output(maps.height, maps.width))

@@ -36,8 +36,9 @@ def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     shape = (facts.out_features, facts.in_features)
     geometry = Geometry.of(window, maps)
     rows = (shape[0] // window.groups, window.groups)
-    call = schedules.call(level, geometry, maps.images, rows, widest, problem.threads, machine.caches.l2)
     packing = schedules.packing(level, shape, window.groups, widest, machine.caches.l1)
+    packed_for = (widest, packing["block"])
+    call = schedules.call(level, geometry, maps.images, rows, packed_for, problem.threads, machine.caches)
     blocks = math.ceil(shape[1] / packing["block"])
     # Passes over the whole weight that the busiest thread makes.
     passes = call.tiles * call.share(problem.threads)
@@ -51,8 +52,9 @@ def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
         "step": passes * loads,
         "quad": passes * quads,
         "sums": passes * shape[0] * blocks * call.vectors,
-        "pack_row": packed,
-        "pack": packed * call.vectors,
+        "pack_row": 0.0 if call.direct else packed,
+        "pack": 0.0 if call.direct else packed * call.vectors,
+        "direct": packed * call.vectors if call.direct else 0.0,
         "masked": packed * call.vectors if geometry.masked else 0.0,
         "runs": 0.0 if call.whole else passes * shape[0] * call.vectors,
         "open": planes * geometry.rows * geometry.pitch / problem.threads if geometry.opened else 0.0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import DepthwiseSchedule, Layout
-from sparsecomp.targets.x86.cpu import Level
+from sparsecomp.targets.x86.cpu import Caches, Level
 from sparsecomp.window import Maps, Window
 
 # Share of the L1 cache that a packed block takes; weights and sums stream through the rest.
@@ -18,6 +18,9 @@ L2_SHARE = 0.5
 CHUNK = 128
 # Cost of a kept weight beside its multiply-adds, in vectors of positions.
 STEP_COST = 0.6
+# Floats of a cache line, and sets of the L1 cache: a page has 64 lines, and sets are told by the place in it.
+LINE = 16
+SETS = 64
 # What storing run by run adds, relative to the rest.
 RUNS_COST = 1.06
 
@@ -29,6 +32,7 @@ class ConvCall:
     Attributes:
         vectors: of positions in a tile.
         whole: whether each tile lies within one image.
+        direct: whether it is used where it lies, and not packed.
         tiles: of the whole call.
         image_tiles: tiles of an image, if whole.
         splits: parts of the rows of a group; each packs the tile again.
@@ -37,6 +41,7 @@ class ConvCall:
 
     vectors: int
     whole: bool
+    direct: bool
     tiles: int
     image_tiles: int
     splits: int
@@ -67,7 +72,13 @@ def packing(level: Level, shape: tuple[int, int], groups: int, vectors: int, l1:
 
 
 def call(
-    level: Level, geometry: Geometry, images: int, rows: tuple[int, int], vectors: int, threads: int, l2: int
+    level: Level,
+    geometry: Geometry,
+    images: int,
+    rows: tuple[int, int],
+    packed: tuple[int, int],
+    threads: int,
+    caches: Caches,
 ) -> ConvCall:
     """The variant with the least work for the busiest thread.
 
@@ -76,20 +87,21 @@ def call(
         geometry: of the maps.
         images: in the batch.
         rows: rows of the weight in a group, and groups.
-        vectors: the most that the weight was packed for.
+        packed: the most vectors that the weight was packed for, and the columns of its blocks.
         threads: that the call may use.
-        l2: bytes of the L2 cache.
+        caches: of a core.
     """
-    group_rows, groups = rows
+    (group_rows, groups), (vectors, block) = rows, packed
     chunks = max(1, math.ceil(group_rows / CHUNK))
 
     def cut(count: int, whole: bool) -> ConvCall:
         tile = count * level.lanes
         image_tiles = math.ceil(geometry.length / tile)
         tiles = images * image_tiles if whole else math.ceil(images * geometry.length / tile)
-        least = min(chunks, math.ceil(4 * tile * group_rows / (L2_SHARE * l2)))
+        least = min(chunks, math.ceil(4 * tile * group_rows / (L2_SHARE * caches.l2)))
         splits = _splits(tiles * groups, chunks, threads, least)
-        return ConvCall(count, whole, tiles, image_tiles, splits, tiles * groups * splits)
+        direct = whole and reads_in_place(level, geometry, count, block, caches.l1)
+        return ConvCall(count, whole, direct, tiles, image_tiles, splits, tiles * groups * splits)
 
     def work(found: ConvCall) -> float:
         extra = 1.0 if found.whole else RUNS_COST
@@ -99,6 +111,21 @@ def call(
     if geometry.pitch == geometry.width:
         calls += [cut(count, True) for count in range(1, vectors + 1) if count * level.lanes <= geometry.length]
     return min(calls, key=lambda found: (work(found), -found.vectors))
+
+
+def reads_in_place(level: Level, geometry: Geometry, vectors: int, block: int, l1: int) -> bool:
+    """Whether whole tiles of so many vectors use the map where it lies, for blocks of so many columns.
+
+    For a window of 1 x 1 whose planes begin with a cache line or a vector. Planes lie a constant distance apart, so
+    their tiles may fall into few sets of the cache: then a block does not fit it.
+    """
+    plane = geometry.rows * geometry.pitch
+    if len(geometry.taps) > 1 or geometry.masked or plane % level.lanes:
+        return False
+    lines = math.ceil(vectors * level.lanes / LINE)
+    apart = SETS // math.gcd(SETS, plane // LINE) if plane % LINE == 0 else SETS
+    ways = l1 // (4 * LINE * SETS)
+    return block * lines <= ways * min(SETS, apart * lines)
 
 
 def depthwise_schedule(level: Level, layout: Layout, window: Window, maps: Maps) -> DepthwiseSchedule:

@@ -105,7 +105,7 @@ def kernels(level: Level, family: str, v: int, epilogue: Epilogue) -> tuple[OrtK
 
 
 def conv_kernels(
-    level: Level, window: Window, epilogue: Epilogue, calls: Collection[tuple[Maps, int, int]]
+    level: Level, window: Window, epilogue: Epilogue, calls: Collection[tuple[Maps, tuple[int, int], int]]
 ) -> tuple[tuple[OrtKernel, ...], KernelSource | None]:
     """The kernels of an operation of convolutions, and the one that takes its maps apart, if it needs that.
 
@@ -115,23 +115,25 @@ def conv_kernels(
         level: of the schedules.
         window: of the convolution.
         epilogue: what follows.
-        calls: for every site its maps, the rows of its weight and the most vectors that it was packed for.
+        calls: for every site its maps, the shape of its weight as a matrix, and the most vectors that it was packed
+            for.
     """
-    wanted = {(vectors, False) for vectors in conv_schedules.widest(level)}
+    wanted = {(vectors, False, False) for vectors in conv_schedules.widest(level)}
     masked = False
-    for maps, outputs, vectors in calls:
+    for maps, shape, vectors in calls:
         geometry = Geometry.of(window, maps)
         masked = masked or geometry.masked
-        shape = (outputs // window.groups, window.groups)
+        rows = (shape[0] // window.groups, window.groups)
+        packed = (vectors, conv_schedules.packing(level, shape, window.groups, vectors, caches().l1)["block"])
         for threads in _THREADS:
-            cut = conv_schedules.call(level, geometry, maps.images, shape, vectors, threads, caches().l2)
-            wanted.add((cut.vectors, cut.whole))
+            cut = conv_schedules.call(level, geometry, maps.images, rows, packed, threads, caches())
+            wanted.add((cut.vectors, cut.whole, cut.direct))
     spread = schedules.spread(level)
     found = []
-    for number, whole in sorted(wanted):
-        schedule = conv.ConvSchedule(level.lanes, number, spread, masked, whole)
-        name = f"conv_{number}{'_whole' * whole}{'_masked' * masked}"
-        found.append(OrtKernel(number, _source(level, name, schedule, epilogue, conv.build), whole))
+    for number, whole, direct in sorted(wanted):
+        schedule = conv.ConvSchedule(level.lanes, number, spread, masked, whole, direct)
+        source = _source(level, f"conv_{schedule.label}", schedule, epilogue, conv.build)
+        found.append(OrtKernel(number, source, whole, direct))
     # As `Geometry.of`: with a stride, or where the output is wider than the map.
     zeros = 2 * window.padding[1] + window.extra[1]
     opened = window.stride != (1, 1) or zeros > window.dilation[1] * (window.kernel[1] - 1)
@@ -156,6 +158,9 @@ def ort_target(level: Level) -> OrtTarget:
         "conv_step_cost": conv_schedules.STEP_COST,
         "conv_runs_cost": conv_schedules.RUNS_COST,
         "conv_sums_bytes": int(conv_schedules.L2_SHARE * caches().l2),
+        "l1_line": conv_schedules.LINE,
+        "l1_sets": conv_schedules.SETS,
+        "l1_ways": caches().l1 // (4 * conv_schedules.LINE * conv_schedules.SETS),
         "row_step_cost": schedules.ROW_STEP_COST,
         "panel_step_cost": schedules.PANEL_STEP_COST,
         "group_tokens": schedules.GROUP_TOKENS,

@@ -15,7 +15,8 @@ from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.targets.base import ConvEpilogue, ConvKernel
 from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel
-from sparsecomp.targets.x86.cpu import best_level, level
+from sparsecomp.targets.x86.conv_schedules import call, packing
+from sparsecomp.targets.x86.cpu import best_level, caches, level
 from sparsecomp.window import Maps, Window, convolve
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -179,3 +180,17 @@ def test_a_window_says_its_size_and_what_is_not_plain() -> None:
     assert Window((3, 3), extra=(1, 1)).output(4, 4) == (3, 3)
     assert np.prod(Window((3, 3)).output(2, 5)) <= 0
     assert Maps(2, 2, 5).positions(Window((3, 3))) == 0
+
+
+@needs_x86
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_windows_of_one_position_use_maps_of_whole_vectors_where_they_lie(groups: int, stride: int) -> None:
+    machine = level(best_level())
+    window = Window((1, 1), (stride, stride), groups=groups)
+    weight = random_weight(12 * groups, 70, window)
+    x = torch.randn(2, 70 * groups, 16 * stride, 12 * stride, generator=torch.Generator().manual_seed(0))
+    geometry = Geometry.of(window, Maps(2, 16 * stride, 12 * stride))
+    block = packing(machine, (12 * groups, 70), groups, 2, caches().l1)["block"]
+    assert call(machine, geometry, 2, (12, groups), (2, block), 1, caches()).direct
+    check(X86ConvKernel(machine, weight, window, 2), x, weight, window, residual=True)

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomp.targets.x86 import cpu, schedules
+from sparsecomp.kernels.conv_geometry import Geometry
+from sparsecomp.targets.x86 import conv_schedules, cpu, schedules
 from sparsecomp.targets.x86.schedules import Call
+from sparsecomp.window import Maps, Window
 
 LEVELS = st.sampled_from([cpu.level(name) for name in cpu.LEVELS])
 TOKENS = st.integers(1, 3000)
@@ -121,3 +123,27 @@ def test_gather_steps_read_whole_words(name: str) -> None:
     schedule = schedules.gather_schedule(cpu.level(name))
     assert schedule.group == 16
     assert schedule.lanes <= 8
+
+
+class TestMapsInPlace:
+    """When a convolution uses its input where it lies, on a level of 16 lanes with an L1 cache of 48 KB."""
+
+    def used(self, size: int, vectors: int = 7, block: int = 86, kernel: int = 1, padding: int = 0) -> bool:
+        window = Window((kernel, kernel), padding=(padding, padding))
+        geometry = Geometry.of(window, Maps(1, size, size))
+        return conv_schedules.reads_in_place(cpu.level("avx512"), geometry, vectors, block, 49152)
+
+    def test_planes_that_begin_anywhere_are_used(self) -> None:
+        assert self.used(28)
+        assert self.used(56)
+
+    def test_not_where_planes_are_not_whole_vectors(self) -> None:
+        assert not self.used(14)
+
+    def test_not_where_a_block_falls_into_few_sets_of_the_cache(self) -> None:
+        assert not self.used(32)
+        assert self.used(32, block=12)
+
+    def test_not_with_other_windows(self) -> None:
+        assert not self.used(28, kernel=3, padding=1)
+        assert not self.used(28, padding=1)

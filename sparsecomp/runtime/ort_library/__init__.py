@@ -39,11 +39,13 @@ class OrtKernel:
         number: vectors of its tile (rows, convolutions), tokens of its register tile (panel), else 0.
         source: of the kernel.
         whole: of a convolution, whether a tile lies within one image.
+        direct: and whether the maps are used where they lie.
     """
 
     number: int
     source: KernelSource
     whole: bool = False
+    direct: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,9 @@ def _table(operations: Sequence[OrtOperation], target: OrtTarget) -> str:
     for index, operation in enumerate(operations):
         forms = []
         for place, form in enumerate(operation.forms):
-            variants = ", ".join(f"{{{k.number}, {int(k.whole)}, {k.source.name}}}" for k in form.kernels)
+            variants = ", ".join(
+                f"{{{k.number}, {int(k.whole)}, {int(k.direct)}, {k.source.name}}}" for k in form.kernels
+            )
             lines.append(f"static const Variant VARIANTS{index}_{place}[] {unused} = {{{variants}}};")
             forms.append(f"{{{form.family.upper()}, {form.v}, VARIANTS{index}_{place}, {len(form.kernels)}}}")
         lines.append(f"static const Form FORMS{index}[] {unused} = {{{', '.join(forms)}}};")

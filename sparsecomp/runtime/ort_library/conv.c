@@ -104,6 +104,17 @@ static int64_t splits_for(int64_t tiles, int64_t chunks, int64_t threads, int64_
   return best;
 }
 
+/* Whether whole tiles of so many floats use the maps where they lie: `reads_in_place` of the same rules. */
+static int reads_in_place(const Kernel *k, const Geometry *g, int64_t tile) {
+  const Window *w = &k->entry->window;
+  int64_t plane = g->rows * g->pitch, apart = L1_SETS, lines = ceil_div(tile, L1_LINE);
+  int64_t padding = w->padding[0] | w->padding[1] | w->extra[0] | w->extra[1];
+  if (w->kernel[0] * w->kernel[1] > 1 || padding || g->rows < g->height || plane % k->entry->lanes) return 0;
+  if (plane % L1_LINE == 0)
+    while (apart > 1 && plane / L1_LINE * (apart / 2) % L1_SETS == 0) apart /= 2;
+  return k->block * lines <= L1_WAYS * least(L1_SETS, apart * lines);
+}
+
 /* The variant with the least work for the busiest thread: the rules of targets/x86/conv_schedules.py. */
 static Cut cut_conv(const Kernel *k, const Geometry *g, int64_t images, int64_t threads) {
   const Window *w = &k->entry->window;
@@ -116,6 +127,7 @@ static Cut cut_conv(const Kernel *k, const Geometry *g, int64_t images, int64_t 
     const Variant *v = &p->form->variants[i];
     int64_t tile = (int64_t)v->number * k->entry->lanes;
     if (v->number > k->vectors || (v->whole && (g->pitch != g->width || tile > length))) continue;
+    if (v->direct && !reads_in_place(k, g, tile)) continue;
     int64_t here = ceil_div(length, tile), tiles = v->whole ? images * here : ceil_div(images * length, tile);
     int64_t fewest = least(chunks, ceil_div(4 * tile * group_rows, CONV_SUMS_BYTES));
     int64_t parts = splits_for(tiles * w->groups, chunks, threads, most(fewest, 1)), count = tiles * w->groups * parts;

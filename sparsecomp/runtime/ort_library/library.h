@@ -23,6 +23,7 @@ typedef void KernelFunction(const float *x, const float *bias, const float *resi
 typedef struct {
   int32_t number; /* vectors of a tile (rows, convolutions), tokens of the register tile (panel), 0 */
   int32_t whole;  /* of a convolution: whether a tile lies within one image */
+  int32_t direct; /* and whether the maps are used where they lie */
   KernelFunction *function;
 } Variant;
 
