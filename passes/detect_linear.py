@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsecomp.ir import LinearSite, Operation, Size, SparseGraph
 from sparsecomp.passes.base import Pass, PassResult
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Element types that the kernels take."""
 
 
@@ -209,11 +210,9 @@ def _why_declined(graph: SparseGraph, site: LinearSite, operation: Operation) ->
 
 
 def storage_reason(weight: torch.Tensor) -> str | None:
-    """Why the values of a weight cannot be read, None if they can."""
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter):
+    """Why a weight is not a matrix of values, None if it is; whether the values are there is not for a pass to ask."""
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter, FakeTensor):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    if weight.is_meta:
-        return "its weight is on the meta device and has no values"
     if weight.layout != torch.strided:
         return f"its weight has layout {weight.layout}; a dense tensor with zeros is expected"
     return None
@@ -222,7 +221,7 @@ def storage_reason(weight: torch.Tensor) -> str | None:
 def types_reason(x: Operation, weight: torch.Tensor, operation: Operation) -> str | None:
     """Why the types of input, weight and output do not fit a kernel, None if they do."""
     if weight.dtype not in DTYPES:
-        return f"its weight is {type_name(weight.dtype)}; there are kernels for {' and '.join(map(type_name, DTYPES))}"
+        return f"its weight is {type_name(weight.dtype)}; there are kernels for {', '.join(map(type_name, DTYPES))}"
     if x.dtype is None or operation.dtype is None:
         return "the shape and type of its input are not known, as of nested tensors"
     if not weight.dtype == x.dtype == operation.dtype:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsecomp.frontends.fx import build
@@ -17,6 +18,7 @@ from sparsecomp.ir import ConvSite, Site, SparseGraph
 from sparsecomp.log import GRAPHS, DebugFolder, log
 from sparsecomp.options import Options
 from sparsecomp.passes import Pass, PassResult, default_passes, run_passes
+from sparsecomp.patterns import Pattern
 from sparsecomp.planner import SiteChoice, choose, decline, measure
 from sparsecomp.planner.choose import offered_candidates
 from sparsecomp.planner.layouts import SiteCosts, choose_layouts
@@ -25,9 +27,6 @@ from sparsecomp.runtime.failures import failures_of
 from sparsecomp.skip_planning import PlannedSkip, plan_skips
 from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, Problem, Target, WeightFacts
 from sparsecomp.window import Maps
-
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
-"""Element types of x, weight and output that the sparse op takes."""
 
 HOPELESS = 3.0
 """Autotuning measures no candidate that is predicted to take this many times as long as dense."""
@@ -41,14 +40,20 @@ class SiteChooser:
         target: offers and prices the candidates.
         options: as given to the backend.
         measured: microseconds by candidate at the site's number of tokens, if it was autotuned.
+        threads: that a call may use; those of PyTorch if None.
     """
 
     def __init__(
-        self, site: Site, target: Target, options: Options, measured: dict[Candidate, float] | None = None
+        self,
+        site: Site,
+        target: Target,
+        options: Options,
+        measured: dict[Candidate, float] | None = None,
+        threads: int | None = None,
     ) -> None:
         self._name, self._dynamic, self._tokens = site.name, site.dynamic, site.tokens
         self._activation, self._residual, self._dtype = site.activation, site.residual is not None, site.dtype
-        self._target, self._options, self._measured = target, options, measured
+        self._target, self._options, self._measured, self._threads = target, options, measured, threads
         self._window = site.window if isinstance(site, ConvSite) else None
         self._maps = site.maps if isinstance(site, ConvSite) else None
 
@@ -60,7 +65,7 @@ class SiteChooser:
         return Problem(
             facts,
             tokens,
-            torch.get_num_threads(),
+            torch.get_num_threads() if self._threads is None else self._threads,
             self._activation,
             self._residual,
             self._dtype,
@@ -162,8 +167,36 @@ class Analysis:
         return [planned.choice for planned in self.sites]
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """That nothing is going to run, so that weights may be missing, and on any device.
+
+    Attributes:
+        assume: what all weights are taken to satisfy, whatever they hold; None: what they hold counts.
+    """
+
+    assume: Pattern | None = None
+
+    def choice(self, site: Site, chooser: SiteChooser) -> SiteChoice | None:
+        """The choice for a weight that is not looked at; None if it has to be."""
+        shape = (site.out_features, site.in_features)
+        if self.assume is not None:
+            choice = chooser.choice(WeightFacts.assumed(*shape, self.assume))
+            return replace(choice, reason=f"{choice.reason}; assuming {self.assume}")
+        if not (where := _missing(site.weight)):
+            return None
+        # Priced as a full weight, which is what dense computes.
+        choice = chooser.choice(replace(WeightFacts.assumed(*shape, Pattern("dense")), patterns=()))
+        return replace(choice, reason=f"dense: its zeros are not known, since its weight is {where}; assume a pattern")
+
+
 def analyse(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, target: Target, debug: DebugFolder
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    target: Target,
+    debug: DebugFolder,
+    dry: DryRun | None = None,
 ) -> Analysis:
     """Find the sites of a graph and choose what each becomes.
 
@@ -175,6 +208,7 @@ def analyse(
         options: of the backend.
         target: to choose for.
         debug: receives the graphs.
+        dry: of `explain`; None if the graph is going to run.
 
     Raises:
         IRError: a pass broke the graph.
@@ -190,7 +224,7 @@ def analyse(
     # Under Dynamo fake tensors may be active; the weights are real and are looked at for real.
     with _disable_current_modes(), torch.no_grad():
         for site in graph.sites:
-            analysis.sites.append(_plan_site(site, options, target, autocast, tuner))
+            analysis.sites.append(_plan_site(site, options, target, autocast, tuner, dry))
         analysis.skips = plan_skips(graph, analysis.sites, options, target, torch.get_num_threads())
     _settle_layouts(analysis, options, target)
     _leave_lone_depthwise(analysis)
@@ -248,9 +282,15 @@ def _leave_lone_depthwise(analysis: Analysis) -> None:
             planned.choice, planned.chooser = replace(planned.choice, chosen=DENSE, reason=reason), None
 
 
-def _plan_site(site: Site, options: Options, target: Target, autocast: str | None, tuner: _Tuner | None) -> PlannedSite:
-    reason = site.declined or autocast or weight_reason(site) or _excluded(site, options)
+def _plan_site(
+    site: Site, options: Options, target: Target, autocast: str | None, tuner: _Tuner | None, dry: DryRun | None
+) -> PlannedSite:
+    reason = site.declined or autocast or _unfit(site, target, dry) or _excluded(site, options)
     try:
+        if reason is None and dry is not None:
+            choice = dry.choice(site, SiteChooser(site, target, options))
+            if choice is not None:
+                return PlannedSite(site, choice)
         facts = facts_of(site.weight, site.transposed) if _countable(site.weight) else None
         if reason is not None or facts is None:
             return PlannedSite(site, decline(site, reason or "its weight cannot be read", facts))
@@ -271,21 +311,33 @@ def _excluded(site: Site, options: Options) -> str | None:
     return None if rule is None else f"excluded by {rule!r}"
 
 
-def weight_reason(site: Site) -> str | None:
+_DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def _unfit(site: Site, target: Target, dry: DryRun | None) -> str | None:
     """Why the weight of a site cannot be packed or watched, None if it can."""
     weight = site.weight
-    if type(weight) not in (Tensor, torch.nn.Parameter):
+    missing = dry is not None and bool(_missing(weight))
+    if not missing and type(weight) not in (Tensor, torch.nn.Parameter):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
-    if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}; the kernels run on the CPU"
+    if weight.device.type != target.device and not missing and (dry is None or target.why_not_here() is None):
+        return f"its weight is on {weight.device}; the kernels run on the {_DEVICES[target.device]}"
     if weight.layout != torch.strided:
         return f"its weight has layout {weight.layout}, not a strided one"
-    if site.dtype not in SUPPORTED_DTYPES or weight.dtype != site.dtype:
-        types = " and ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
-        return f"it computes in {_dtype(site.dtype)} with a weight of {_dtype(weight.dtype)}; {types} are supported"
-    if weight.is_inference():
+    if site.dtype not in target.dtypes or weight.dtype != site.dtype:
+        types = " and ".join(map(_dtype, target.dtypes))
+        are = "is" if len(target.dtypes) == 1 else "are"
+        return f"it computes in {_dtype(site.dtype)} with a weight of {_dtype(weight.dtype)}; {types} {are} supported"
+    if weight.is_inference() and not missing:
         return "its weight was made under torch.inference_mode, so that changes to it cannot be seen"
     return None
+
+
+def _missing(weight: Tensor) -> str:
+    """Where a weight is that has no values; empty if it has some."""
+    if isinstance(weight, FakeTensor):
+        return "a fake tensor"
+    return "on the meta device" if weight.device.type == "meta" else ""
 
 
 def _countable(weight: Tensor) -> bool:

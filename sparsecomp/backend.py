@@ -105,11 +105,13 @@ def sparse(
         A callable that takes the graph's inputs.
 
     Raises:
-        ValueError: an option is unknown or has a bad value.
+        ValueError: an option is unknown or has a bad value, or the target cannot run on this machine.
     """
     try:
         parsed = Options.parse(options, mode)
         target = parsed.resolve_target()
+        if (missing := target.why_not_here()) is not None:
+            raise ValueError(f"target {target.name} cannot run here: {missing}; sparsecomp.explain and plan take it")
     except ValueError as error:
         raise OptionError(str(error), first_useful_frame=inspect.currentframe()) from None
     return compile_graph(gm, example_inputs, parsed, target)

@@ -10,17 +10,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend
 
-from sparsecomp.analysis import analyse
+from sparsecomp.analysis import DryRun, analyse
 from sparsecomp.frontends.fx_expand import settle
 from sparsecomp.log import DebugFolder, log
 from sparsecomp.options import Options
+from sparsecomp.patterns import Pattern
 from sparsecomp.planner import Plan
 from sparsecomp.report import Report
 from sparsecomp.targets.base import Target
 
 
 def explain(
-    model: Callable[..., Any], *inputs: Any, options: Mapping[str, Any] | Options | None = None, **kwargs: Any
+    model: Callable[..., Any],
+    *inputs: Any,
+    options: Mapping[str, Any] | Options | None = None,
+    target: str | Target | None = None,
+    assume: str | Pattern | None = None,
+    **kwargs: Any,
 ) -> Report:
     """Report what every linear layer of a model could become, at what cost, what would be chosen, and why.
 
@@ -28,10 +34,16 @@ def explain(
     would get; no kernel is built or run unless the options ask for `autotune`. In training mode that run does what any
     run does (it updates the statistics of batch normalisation); the state of the random generator is kept.
 
+    For a target that is not here (`arm:cortex-a76` on a PC) the choices are what its prices say, with as many threads as
+    PyTorch has here. The model and its inputs may be on the meta device, or fake tensors: no memory is needed then, and
+    where weights have no values their zeros are unknown, unless a pattern is assumed.
+
     Args:
         model: a module or function, or what `torch.compile` made of it: its options are then used.
         *inputs: what the model is called with; their shapes are what the costs are for.
         options: of the backend, as in `torch.compile`; before those of a compiled model.
+        target: such as `"arm:cortex-a76"`; that of the options if None.
+        assume: pattern that all weights are taken to satisfy, such as `"2:4"`; None: what they hold counts.
         **kwargs: what the model is called with by name.
 
     Returns:
@@ -46,8 +58,9 @@ def explain(
         raise TypeError(f"expected a module or a function to explain, given {type(model).__name__} {model!r:.60}")
     original, found = _unwrap(model)
     parsed = found if options is None else Options.parse(options)
-    target = parsed.resolve_target()
-    session = _Session(parsed, target)
+    if target is not None:
+        parsed = parsed.replace(target=Options.parse({"target": target}).target)
+    session = _Session(parsed, DryRun(None if assume is None else Pattern.parse(assume)))
     session.report.notes += _gradient_note(original, inputs, kwargs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         # A region of its own and static shapes: neither the user's compiled code nor its limits on recompiling are
@@ -66,8 +79,9 @@ _SHOWN = 3
 class _Session:
     """Collects the choices for the graphs that Dynamo finds in one run of a model."""
 
-    def __init__(self, options: Options, target: Target) -> None:
-        self._options, self._target = options, target
+    def __init__(self, options: Options, dry: DryRun) -> None:
+        target = options.resolve_target()
+        self._options, self._target, self._dry = options, target, dry
         plan = Plan(target.name, threads=torch.get_num_threads())
         self.report = Report(plan, target=target.description or target.name, graphs=0)
         self._blocks: set[str] = set()
@@ -98,7 +112,7 @@ class _Session:
 
     def _plan(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         try:
-            analysis = analyse(gm, inputs, self._options, self._target, DebugFolder())
+            analysis = analyse(gm, inputs, self._options, self._target, DebugFolder(), self._dry)
             self.report.plan.sites += analysis.choices
             self._note(analysis.reasons)
             self._note([f"mixture of experts {block}" for block in analysis.graph.moes])

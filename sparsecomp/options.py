@@ -13,7 +13,7 @@ from typing import Any
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.plan import Plan
 from sparsecomp.skipping.forms import SkipPlan
-from sparsecomp.targets import TARGET_NAMES, get_target
+from sparsecomp.targets import get_target, target_names
 from sparsecomp.targets.base import Target
 
 _MODES = {
@@ -78,8 +78,15 @@ class Options:
         return cls(**values)
 
     def resolve_target(self) -> Target:
-        """The target that is meant."""
-        return self.target if isinstance(self.target, Target) else get_target(self.target)
+        """The target that is meant.
+
+        Raises:
+            ValueError: it cannot be made here, or `autotune` would have to measure on hardware that is not here.
+        """
+        target = self.target if isinstance(self.target, Target) else get_target(self.target)
+        if self.autotune and (reason := target.why_not_here()) is not None:
+            raise ValueError(f"option autotune: target {target.name} cannot be measured here: {reason}")
+        return target
 
     def excluding(self, name: str) -> str | None:
         """The expression that excludes a site, None if none does."""
@@ -94,10 +101,9 @@ class Options:
 def _target(value: Any) -> str | Target | None:
     if value is None or isinstance(value, Target):
         return value
-    if not isinstance(value, str) or value not in TARGET_NAMES:
-        raise ValueError(
-            f"option target: unknown {_given(value)}{_nearest(value, TARGET_NAMES)}; {_among(TARGET_NAMES)}"
-        )
+    if not isinstance(value, str) or value not in target_names():
+        names = target_names()
+        raise ValueError(f"option target: unknown {_given(value)}{_nearest(value, names)}; {_among(names)}")
     return value
 
 

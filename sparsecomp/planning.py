@@ -92,7 +92,8 @@ def plan(
         model: any module; it is not changed.
         calibration: batches of model inputs, as for `sparsify_`. With 8 batches or more, every eighth is not used for
             pruning but to measure losses.
-        target: such as `"x86"`; this machine's CPU if None.
+        target: such as `"x86"`; this machine's CPU if None. For one that is not here, such as `"arm:cortex-a76"`,
+            nothing is measured: latencies are those of the linears and convolutions together, as predicted.
         max_quality_loss: loss that the pruned model may have at most, measured as `quality` says.
         max_latency: of one call, such as `"8 ms"`, or a number of seconds.
         speedup: over the dense model under Inductor, at least.
@@ -128,7 +129,7 @@ def plan(
     sites = choose_sites(model, filter_fn)
     batches = as_calls(calibration)
     timed = batches[0] if inputs is None else as_calls([inputs])[0]
-    resolved = Options.parse({} if target is None else {"target": target}).resolve_target()
+    resolved = Options.parse({"target": target, "autotune": autotune}).resolve_target()
     price = functools.partial(_priced, model, sites, timed, resolved, autotune)
     return under_budget(
         model, batches, price, wanted, budget, skips=rates, criterion=rule, quality=quality, progress=progress
@@ -213,7 +214,9 @@ def _priced(model: nn.Module, sites: Sequence[Site], timed: Call, target: Target
         scaled(pricer.price(choice, _matrix(found[module_name(choice)]), "") if choice in entries else choice, scale)
         for choice in report.plan
     ]
-    dense_us = model_us(model, timed)
+    # Of what is not here only the sites can be priced: the budget is then of their latencies alone.
+    here = target.why_not_here() is None
+    dense_us = model_us(model, timed) if here else sum(choice.dense_us or 0.0 for choice in report.plan)
     inside = sum(choice.dense_us or 0.0 for choice in report.plan if module_name(choice) in found)
     log.info("plan: dense model %.0f us, of which its %d sites %.0f us", dense_us, len(entries), inside)
     rest = max(0.0, dense_us - inside)

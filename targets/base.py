@@ -72,6 +72,26 @@ class WeightFacts:
     panels: Mapping[int, int] = field(hash=False)
     patterns: tuple[Detection, ...]
 
+    @classmethod
+    def assumed(cls, out_features: int, in_features: int, pattern: Pattern) -> WeightFacts:
+        """The facts of a weight that nobody has: what a pattern keeps of a random one, on average.
+
+        Rows that share no columns keep each column by chance: of v such rows with density d, `1 - (1 - d)^v` of them.
+
+        Args:
+            out_features: O.
+            in_features: I.
+            pattern: that it satisfies; of one that does not say how much is zero, a weight that is full.
+        """
+        density = pattern.nominal_density
+        density = 1.0 if density is None else density
+        panels = {}
+        for v in PANEL_SIZES:
+            kept = 1 - (1 - density) ** max(1.0, v / pattern.shared_rows)
+            panels[v] = round(-(-out_features // v) * in_features * kept)
+        nonzeros = round(out_features * in_features * density)
+        return cls(out_features, in_features, nonzeros, panels, (Detection(pattern, density, 1.0),))
+
     @property
     def density(self) -> float:
         """Nonzeros / entries, 1 for an empty weight."""
@@ -204,11 +224,19 @@ class Target(ABC):
         name: as `get_target` takes it.
         description: one line for people.
         skips: whether it has kernels that skip at run time.
+        device: type of the devices that its kernels run on, as PyTorch names it.
+        dtypes: element types of x, weight and output that it prices; any other stays dense.
     """
 
     name: str
     description: str
     skips = False
+    device = "cpu"
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    def why_not_here(self) -> str | None:
+        """Why this machine cannot run its kernels, None if it can; prices and plans are there in any case."""
+        return None
 
     @abstractmethod
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:

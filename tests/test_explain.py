@@ -10,6 +10,7 @@ import pytest
 import torch
 from fakes import FakeTarget
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparsecomp
 from sparsecomp import Plan, explain
@@ -292,3 +293,64 @@ sparsecomp.log.log.debug("a debug line")
     environment = {key: value for key, value in os.environ.items() if key != "TORCH_LOGS"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "a debug line" in result.stderr, result.stderr
+
+
+class TestElsewhere:
+    """Targets that are not here, and models without values."""
+
+    def test_another_machine_prices_the_same_zeros(self) -> None:
+        model = pruned(Encoder())
+        with torch.no_grad():
+            here, there = (
+                explain(model, torch.randn(64, 32)),
+                explain(model, torch.randn(64, 32), target="arm:apple-m1"),
+            )
+        assert there.plan.target == "arm:apple-m1"
+        assert [c.name for c in there] == NAMES
+        assert [c.density for c in there] == [c.density for c in here]
+        assert [c.dense_us for c in there] != [c.dense_us for c in here]
+
+    def test_the_target_goes_before_that_of_the_options(self) -> None:
+        with torch.no_grad():
+            report = explain(Encoder(), torch.randn(4, 32), options={"target": "x86"}, target="arm:cortex-a53")
+        assert report.plan.target == "arm:cortex-a53"
+
+    @pytest.mark.parametrize("target", [None, "arm:cortex-a76"])
+    @pytest.mark.parametrize("fake", [False, True])
+    def test_weights_without_values_have_unknown_zeros(self, target: str | None, fake: bool) -> None:
+        with FakeTensorMode() if fake else torch.device("meta"):
+            model, x = Encoder(), torch.empty(64, 32)
+        with torch.no_grad():
+            report = explain(model, x, target=target)
+        assert [c.name for c in report] == NAMES
+        for choice in report:
+            assert choice.chosen.is_dense
+            assert "its zeros are not known" in choice.reason
+            assert choice.dense_us
+        assert " ? " in str(report)
+
+    def test_a_pattern_may_be_assumed(self) -> None:
+        with torch.device("meta"):
+            model, x = Encoder(), torch.empty(64, 32)
+        with torch.no_grad():
+            report = explain(model, x, target="arm:cortex-a76", assume="unstructured@0.9")
+        assert all(c.chosen.kernel == "rows" and c.density == pytest.approx(0.1, abs=0.01) for c in report)
+        assert all(c.reason.endswith("assuming unstructured@0.9") for c in report)
+
+    def test_types_that_a_target_does_not_price_stay_dense(self) -> None:
+        with torch.device("meta"), torch.no_grad():
+            report = explain(Encoder().half(), torch.empty(4, 32).half(), target="arm:cortex-a76")
+        assert all("computes in float16" in c.reason and c.declined for c in report)
+
+    def test_what_is_not_here_is_neither_run_nor_measured(self) -> None:
+        with pytest.raises(ValueError, match="arm:apple-m1 cannot run here"), torch.no_grad():
+            torch.compile(Encoder(), backend="sparse", options={"target": "arm:apple-m1"})(torch.randn(4, 32))
+        with pytest.raises(ValueError, match="cannot be measured here"):
+            explain(Encoder(), torch.randn(4, 32), target="arm:apple-m1", options={"autotune": True})
+
+    def test_compiling_on_the_meta_device_stays_dense(self) -> None:
+        with torch.device("meta"):
+            model, x = Encoder(), torch.empty(4, 32)
+        with torch.no_grad():
+            torch.compile(model, backend="sparse")(x)
+        assert all("is on meta" in choice.reason for choice in compilations()[-1].plan)

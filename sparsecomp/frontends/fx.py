@@ -263,7 +263,7 @@ def _source(node: fx.Node) -> Any:
 
 def _why_not_constant(node: fx.Node, value: torch.Tensor) -> str | None:
     """Why a tensor among the inputs is not part of the program, None when it is."""
-    if isinstance(value, FakeTensor):
+    if isinstance(value, FakeTensor) and not isinstance(value, torch.nn.Parameter):
         return "a tensor without a value at compile time"
     sizes = () if (known := tensor_value(node)) is None else tuple(_size(dim) for dim in known.shape)
     if any(isinstance(size, str) for size in sizes):

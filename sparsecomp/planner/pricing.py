@@ -59,8 +59,10 @@ class Pricer:
         """Microseconds of dense products as they are measured now over those predicted, all sites together.
 
         The clock may differ from that of the calibration, which changes all costs alike. The latency of the model is
-        measured now, and what the sites take is subtracted from it.
+        measured now, and what the sites take is subtracted from it. 1 for a target that is not here.
         """
+        if self.target.why_not_here() is not None:
+            return 1.0
         measured = sum(self._dense_us(site, weight) for site, weight in sites)
         predicted = sum(site.dense_us or 0.0 for site, _ in sites)
         return measured / predicted if predicted else 1.0
@@ -68,7 +70,7 @@ class Pricer:
     def _dense_us(self, site: SiteChoice, weight: Tensor) -> float:
         key = _likeness(site)
         if key not in self._dense:
-            problem = _problem(site, WeightFacts.of(weight), self._threads)
+            problem = _problem(site, WeightFacts.of(weight), self._threads, self.target)
             self._dense[key] = measure([], _tensor(site, weight), problem, self.target)[DENSE]
         return self._dense[key]
 
@@ -81,9 +83,10 @@ class Pricer:
             prune: what the weight was pruned to: sites that are alike are measured once for each.
         """
         facts = WeightFacts.of(weight)
-        problem = _problem(site, facts, self._threads)
+        problem = _problem(site, facts, self._threads, self.target)
         measured = self._measure(site, weight, problem, prune) if self._autotune else None
-        return choose(facts, problem, self.target, Options(), name=site.name, dynamic=site.dynamic, measured=measured)
+        priced = choose(facts, problem, self.target, Options(), name=site.name, dynamic=site.dynamic, measured=measured)
+        return replace(priced, block=site.block)
 
     def _measure(self, site: SiteChoice, weight: Tensor, problem: Problem, prune: str) -> dict[Candidate, float]:
         priced = {
@@ -102,8 +105,8 @@ class Pricer:
         return self._known[key]
 
 
-def _problem(site: SiteChoice, facts: WeightFacts, threads: int) -> Problem:
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[site.dtype]
+def _problem(site: SiteChoice, facts: WeightFacts, threads: int, target: Target) -> Problem:
+    dtype = next(dtype for dtype in target.dtypes if str(dtype) == f"torch.{site.dtype}")
     return Problem(facts, site.tokens, threads, site.activation, site.residual, dtype, site.window, site.maps)
 
 

@@ -40,7 +40,7 @@ def short_cells(choice: SiteChoice) -> tuple[str, ...]:
         choice.name or "(model)",
         f"{choice.shape[1]} to {choice.shape[0]}",
         f"{choice.tokens}{'*' if choice.dynamic else ''}",
-        f"{choice.density:.2f}",
+        f"{choice.density:.2f}" if choice.patterns else "?",  # nothing was counted
         str(choice.chosen),
         both,
         f"{_megabytes(choice.dense_bytes if packed is None else packed)} / {_megabytes(choice.dense_bytes)}",

@@ -5,15 +5,20 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from sparsecomp.targets.x86.cpu import Caches, Level
 
+MACHINES = ("aarch64", "arm64")
+"""What Python calls machines with such a CPU."""
 LANES = 4
 ROW_VECTORS = 4
 """Vectors of tokens, or positions, for each of the four rows of a quad: 16 sums, and registers for loads ahead."""
+_EXTENSIONS = {"asimdhp": "fp16", "asimddp": "dotprod", "sve": "sve"}
 _CHUNK = 192
 _L1_SHARE = 0.75
 
@@ -49,6 +54,7 @@ class ArmCpu:
         ghz: clock of the board that the facts are about.
         bandwidth: GB/s from memory.
         board: that the clock and the caches are of.
+        needs: instruction set extensions, as Linux names them, that code for it may use.
     """
 
     name: str
@@ -58,11 +64,46 @@ class ArmCpu:
     ghz: float
     bandwidth: float
     board: str
+    needs: frozenset[str]
 
     @property
     def level(self) -> ArmLevel:
         """The schedules for it."""
         return _level(self.name, "aarch64-linux-gnu")
+
+
+FALLBACK = "cortex-a72"
+"""What a CPU is taken for that is not known: plain ARMv8-A, with one multiplier as most cores of boards have."""
+
+
+def this_cpu() -> ArmCpu:
+    """The CPU of this machine, by its part numbers: of several the fastest, `FALLBACK` if none is known."""
+    known = {_facts()[name]["part"]: name for name in cpu_names()}
+    found = [cpu(known[part]) for part in parts() if part in known]
+    return max(found, key=lambda one: one.ghz * one.fmla, default=cpu(FALLBACK))
+
+
+def parts() -> tuple[str, ...]:
+    """Implementer and part number of the cores of this machine, each once; none where it has none."""
+    return tuple(f"{implementer}/{part}" for implementer, part in dict.fromkeys(_cores()))
+
+
+def features() -> frozenset[str]:
+    """Instruction set extensions of this machine, as Linux names them."""
+    found = re.search(r"^Features\s*: (.*)$", _cpuinfo(), re.MULTILINE)
+    return frozenset(found[1].split() if found else ())
+
+
+def _cores() -> list[tuple[str, str]]:
+    pattern = r"^CPU implementer\s*: (\S+)$.*?^CPU part\s*: (\S+)$"
+    return re.findall(pattern, _cpuinfo(), re.MULTILINE | re.DOTALL)
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""  # not Linux
 
 
 def host_level() -> ArmLevel:
@@ -115,4 +156,5 @@ def cpu(name: str) -> ArmCpu:
         ghz=entry["ghz"],
         bandwidth=entry["bandwidth"],
         board=entry["board"],
+        needs=frozenset(flag for flag, name in _EXTENSIONS.items() if entry[name]),
     )

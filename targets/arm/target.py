@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from sparsecomp.targets.arm import calibration, cost
-from sparsecomp.targets.arm.cpu import ArmCpu
+from sparsecomp.targets.arm.cpu import MACHINES, ArmCpu, cpu, cpu_names, this_cpu
 from sparsecomp.targets.arm.kernels import PANEL_TILES
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts, label_of
 from sparsecomp.window import Window
@@ -21,8 +22,30 @@ _LEAST_ROW_TOKENS = 2
 """Tokens from which on the row kernel, which has them in the lanes, is offered."""
 
 
+def names() -> tuple[str, ...]:
+    """The targets of this family."""
+    return ("arm", *(f"arm:{name}" for name in cpu_names()))
+
+
+def create(name: str) -> ArmTarget:
+    """The target of a name, such as `arm:cortex-a76`: `arm` is this machine's CPU.
+
+    Raises:
+        ValueError: this machine is no ARM machine, and no CPU is named.
+    """
+    _, _, cpu_name = name.partition(":")
+    if not cpu_name and platform.machine() not in MACHINES:
+        raise ValueError(
+            f"target 'arm' is the CPU of an ARM machine, and this is {platform.machine()}: name one, "
+            f"such as {names()[1]!r}"
+        )
+    return ArmTarget(cpu(cpu_name) if cpu_name else this_cpu())
+
+
 class ArmTarget(Target):
     """An ARM CPU that models are exported for."""
+
+    dtypes = (torch.float32,)
 
     def __init__(self, cpu: ArmCpu) -> None:
         self.cpu = cpu
@@ -30,6 +53,10 @@ class ArmTarget(Target):
         self._scales, origin = calibration.load(cpu.name)
         mca = f"cycles by llvm-mca {cost.llvm_mca_version()}, {origin}"
         self.description = f"{self.name}, caches and clock of: {cpu.board}; {mca}"
+
+    def why_not_here(self) -> str | None:
+        """See `Target.why_not_here`."""
+        return "models are exported for it (sparsecomp export)"
 
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """See `Target.candidates`."""

@@ -23,7 +23,7 @@ from sparsecomp.targets.base import (
 from sparsecomp.targets.skip import SkipRows, SkipSpec
 from sparsecomp.targets.x86 import calibration, conv_cost, conv_schedules, cost, schedules
 from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel
-from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, facts, flags, level, supported
+from sparsecomp.targets.x86.cpu import LEVELS, best_level, caches, cpu_name, facts, flags, level, supported
 from sparsecomp.targets.x86.kernels import GatherKernel, MaskKernel, PanelKernel, RowsKernel
 from sparsecomp.targets.x86.skip_kernels import X86Rows, X86SkipKernel
 from sparsecomp.window import Window
@@ -34,6 +34,11 @@ FEW_TOKENS = 8
 _MAX_GATHER_INPUTS = 65536
 # Rows that skip are packed below this density: above, spreading them takes longer than reading the zeros.
 _MASKED_DENSITY = 0.7
+
+
+def names() -> tuple[str, ...]:
+    """The targets of this family."""
+    return ("x86", *(f"x86:{level_name}" for level_name in LEVELS))
 
 
 @functools.cache

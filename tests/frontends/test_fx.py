@@ -173,18 +173,16 @@ def test_declined_with_a_reason(function: Callable[[Tensor], Tensor], reason: st
     assert re.search(reason, site.declined), site.declined
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_types_without_kernels_are_declined(dtype: torch.dtype) -> None:
-    layer = nn.Linear(8, 8).to(dtype)
-    site = check_one(layer, TOKENS.to(dtype))
-    assert site.declined is not None
-    assert str(dtype).removeprefix("torch.") in site.declined
+def test_types_without_kernels_are_declined() -> None:
+    site = check_one(nn.Linear(8, 8).double(), TOKENS.double())
+    assert "float64" in str(site.declined)
 
 
-def test_bfloat16_is_accepted() -> None:
-    (captured,) = capture(Residual().eval().bfloat16(), TOKENS.bfloat16())[0]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_floats_are_accepted(dtype: torch.dtype) -> None:
+    (captured,) = capture(Residual().eval().to(dtype), TOKENS.to(dtype))[0]
     assert [site.declined for site in captured.sites] == [None, None]
-    assert captured.sites[0].dtype == torch.bfloat16
+    assert captured.sites[0].dtype == dtype
 
 
 def test_autocast_mixes_types() -> None:
@@ -482,7 +480,9 @@ def test_pruning_that_is_not_made_permanent_says_how() -> None:
     assert check_one(model, TOKENS).declined is None
 
 
-def test_the_meta_device_is_declined() -> None:
+def test_sites_are_found_on_the_meta_device() -> None:
     layer = nn.Linear(8, 8, device="meta")
     (captured,) = capture(layer, TOKENS.to("meta"))[0]
-    assert "no values" in str(captured.sites[0].declined)
+    (site,) = captured.sites
+    assert site.declined is None
+    assert site.weight.is_meta

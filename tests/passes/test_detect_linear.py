@@ -83,7 +83,7 @@ def test_attention_is_no_candidate() -> None:
 @pytest.mark.parametrize(
     ("weight", "fields", "reason"),
     [
-        (torch.ones(6, 4, dtype=torch.float64), {}, "float64; there are kernels for float32 and bfloat16"),
+        (torch.ones(6, 4, dtype=torch.float64), {}, "float64; there are kernels for float32, bfloat16, float16"),
         (torch.ones(6, 4, dtype=torch.int8), {}, "int8"),
         (torch.ones(6, 4, dtype=torch.bfloat16), {}, "mixes types as under autocast"),
         (torch.ones(6, 4), {"dtype": torch.bfloat16}, "output bfloat16"),
