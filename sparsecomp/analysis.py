@@ -19,7 +19,7 @@ from sparsecomp.log import GRAPHS, DebugFolder, log
 from sparsecomp.options import Options
 from sparsecomp.passes import Pass, PassResult, default_passes, run_passes
 from sparsecomp.patterns import Pattern
-from sparsecomp.planner import SiteChoice, choose, decline, measure
+from sparsecomp.planner import Prediction, SiteChoice, choose, decline, measure
 from sparsecomp.planner.choose import offered_candidates
 from sparsecomp.planner.layouts import SiteCosts, choose_layouts
 from sparsecomp.runtime.facts import facts_of
@@ -41,7 +41,12 @@ class SiteChooser:
         options: as given to the backend.
         measured: microseconds by candidate at the site's number of tokens, if it was autotuned.
         threads: that a call may use; those of PyTorch if None.
+
+    Attributes:
+        instead: what takes the place of dense, where the layout of its neighbours decides; None elsewhere.
     """
+
+    instead: Candidate | None = None
 
     def __init__(
         self,
@@ -88,7 +93,8 @@ class SiteChooser:
 
     def __call__(self, facts: WeightFacts, call: int | Maps | None = None) -> Candidate:
         """The candidate alone, as the run time asks for it."""
-        return self.choice(facts, call).chosen
+        chosen = self.choice(facts, call).chosen
+        return self.instead if chosen.is_dense and self.instead is not None else chosen
 
 
 class StaysDense:
@@ -247,6 +253,8 @@ def _settle_layouts(analysis: Analysis, options: Options, target: Target) -> Non
     for anchor, planned in sites.items():
         choice = planned.choice
         if choice.chosen.is_dense:
+            if anchor not in found.last:
+                _follow_neighbours(planned, costs[anchor].first)
             continue
         if anchor in found.last:
             reason = f"dense: beside dense convolutions, whose maps are channels last, {choice.reason} does not pay"
@@ -256,19 +264,36 @@ def _settle_layouts(analysis: Analysis, options: Options, target: Target) -> Non
             f"{'its input' if item.consumer == anchor else 'its output'} of {4e-6 * item.values:.2f} MB changes to "
             f"{item.to} ({item.us:.0f} us)"
             for item in found.conversions
-            if anchor in (item.producer, item.consumer)
+            if item.us and anchor in (item.producer, item.consumer)  # a target without prices for them has none
         ]
         planned.choice = replace(choice, reason="; ".join([choice.reason, *notes]))
 
 
 def _layout_costs(choice: SiteChoice, options: Options) -> SiteCosts:
     """Microseconds channels first and channels last."""
-    dense, chosen = choice.dense_us, choice.chosen_us
-    if choice.chosen.is_dense or dense is None or chosen is None:
-        return SiteCosts(float("inf"), dense or 0.0)
+    dense, chosen = choice.dense_us or 0.0, choice.chosen_us
     asked = options.plan is not None and options.plan.site(choice.name, choice.tokens, choice.maps) is not None
     # What a plan asks for is not for the layouts to decide.
-    return SiteCosts(chosen, float("inf") if asked else dense)
+    if choice.chosen.is_dense:
+        beside = _best_beside_dense(choice)
+        return SiteCosts(float("inf") if asked or beside is None else beside.cost, dense)
+    return SiteCosts(dense if chosen is None else chosen, float("inf") if asked else dense)
+
+
+def _best_beside_dense(choice: SiteChoice) -> Prediction | None:
+    """The cheapest of the other candidates, though dense is cheaper by itself."""
+    others = [item for item in choice.predictions if not item.candidate.is_dense]
+    return min(others, key=lambda item: item.cost, default=None)
+
+
+def _follow_neighbours(planned: PlannedSite, us: float) -> None:
+    """Take the best kernel that works channels first where dense would cost its neighbours more in conversions."""
+    best, choice = _best_beside_dense(planned.choice), planned.choice
+    if best is None or planned.chooser is None:
+        return
+    reason = f"{best.candidate}: predicted {us:.0f} us against dense {choice.dense_us:.0f} us, which would need its "
+    planned.choice = replace(choice, chosen=best.candidate, reason=reason + "maps in another layout")
+    planned.chooser.instead = best.candidate
 
 
 def _leave_lone_depthwise(analysis: Analysis) -> None:

@@ -240,6 +240,27 @@ def test_conversions_of_layout_count_and_are_shown(us: float, sparse: bool) -> N
     assert not middle.chosen.is_dense
 
 
+class DearDepthwise(Dear):
+    """And a depthwise convolution takes 120 us channels first."""
+
+    def predict(self, candidate: Candidate, problem: Problem) -> float:
+        return 120.0 if candidate.kernel == "depthwise" else super().predict(candidate, problem)
+
+
+@pytest.mark.parametrize(("us", "first"), [(5.0, False), (15.0, True)])
+def test_a_kernel_slower_than_dense_is_taken_where_it_saves_conversions(us: float, first: bool) -> None:
+    layers = [nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 16, 1), nn.Flatten()]
+    model = prepared(nn.Sequential(*layers), 0.9)
+    x, options = torch.randn(1, 16, 25, 25), {"target": DearDepthwise(us)}
+    _, middle, _ = sparsecomp.explain(model, x, options=options)
+    assert str(middle.chosen) == ("depthwise[dense]" if first else "dense")
+    if first:
+        assert "120 us against dense 100 us, which would need its maps in another layout" in middle.reason
+    with torch.no_grad():
+        same(compile_model(model, options=options)(x), model(x))
+    assert ("1" in compilations()[-1].rewritten) == first
+
+
 def test_layouts_change_only_beside_dense_convolutions() -> None:
     """One conversion on either side of a dense convolution, fused with the activation and the pooling there."""
     layers = [nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3, padding=1)]

@@ -78,8 +78,7 @@ class ConvCase:
             raise ValueError("a convolution is measured for a window and maps, and the problem has none")
         x = torch.randn(maps.images, self.weight.shape[1] * window.groups, maps.height, maps.width)
         if self.candidate.is_dense:
-            # As Inductor lays them out.
-            x = x.to(memory_format=torch.channels_last)
+            # Channels first: what the library takes to turn them is what Inductor takes around it.
             return lambda: convolve(x, self.weight, window)
         kernel = X86Target(level_name).prepare_conv(self.candidate, self.weight, window)
         out = torch.empty(maps.images, self.weight.shape[0], *window.output(maps.height, maps.width))
