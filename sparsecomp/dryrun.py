@@ -34,9 +34,9 @@ def explain(
     would get; no kernel is built or run unless the options ask for `autotune`. In training mode that run does what any
     run does (it updates the statistics of batch normalisation); the state of the random generator is kept.
 
-    For a target that is not here (`arm:cortex-a76` on a PC) the choices are what its prices say, with as many threads as
-    PyTorch has here. The model and its inputs may be on the meta device, or fake tensors: no memory is needed then, and
-    where weights have no values their zeros are unknown, unless a pattern is assumed.
+    For a target that is not here (`arm:cortex-a76` on a PC) the choices are what its prices say, with as many threads
+    as PyTorch has here. The model and its inputs may be on the meta device, or fake tensors: no memory is needed then,
+    and where weights have no values their zeros are unknown, unless a pattern is assumed.
 
     Args:
         model: a module or function, or what `torch.compile` made of it: its options are then used.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -43,17 +44,28 @@ def calibrate(
         if results is not None:
             from sparsecomp.targets.arm.calibration import calibrate_from
 
-            for family, (factor, calls) in calibrate_from(results).items():
-                print(f"{family:10} takes {factor:.2f} times what was counted (median of {calls} calls)")
+            _print_factors(calibrate_from(results))
             return
+        from sparsecomp.targets import get_target
+        from sparsecomp.targets.arm.machine import ArmMachine
         from sparsecomp.targets.x86.calibrate import calibrate as measure
 
         print("measuring; other work on the machine would spoil the result ...", file=sys.stderr)
+        if isinstance(target := get_target(), ArmMachine):
+            from sparsecomp.targets.arm.calibrate import calibrate as measure_arm
+
+            _print_factors(measure_arm(target))
+            return
         print(measure())
         if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
             from sparsecomp.targets.x86.ort_calibrate import calibrate as measure_ort
 
             print(f"\nONNX Runtime: {measure_ort()}")
+
+
+def _print_factors(factors: Mapping[str, tuple[float, int]]) -> None:
+    for family, (factor, calls) in factors.items():
+        print(f"{family:15} takes {factor:.2f} times what was counted (median of {calls} calls)")
 
 
 def _processor() -> str:

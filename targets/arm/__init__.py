@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sparsecomp.targets.arm.cpu import ArmCpu, cpu, cpu_names
+from sparsecomp.targets.arm.cpu import ArmCpu, cpu_names
 
-__all__ = ["ArmCpu", "cpu", "cpu_names"]
+__all__ = ["ArmCpu", "cpu_names"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,27 @@ from sparsecomp.runtime.cache import cache_dir
 from sparsecomp.targets.arm.cpu import cpu
 
 RESULTS = "sparsecomp-arm-results"
-_FAMILIES = ("dense", "rows", "panel", "conv", "depthwise")
+_PACKAGE = ("dense", "rows", "panel", "conv", "depthwise")
+_FAMILIES = {"": _PACKAGE, "torch": (*_PACKAGE, "dense_conv", "dense_depthwise")}
 _MOST_STEPS = 100_000
 
 
-def _path(cpu_name: str) -> Path:
-    return cache_dir() / f"arm-{cpu_name}.json"
+def _path(cpu_name: str, kind: str) -> Path:
+    return cache_dir() / f"arm-{'-'.join(filter(None, (cpu_name, kind)))}.json"
 
 
-def load(cpu_name: str) -> tuple[dict[str, float], str]:
+def load(cpu_name: str, kind: str = "") -> tuple[dict[str, float], str]:
     """Factors by kernel family, and where they come from in words; none where no board was measured.
 
     A file that cannot be read counts as none: it is only a refinement, and is written anew by the next calibration.
+
+    Args:
+        cpu_name: of the CPU.
+        kind: empty for what a package measured, `torch` for what was measured in PyTorch, whose dense kernels differ.
     """
     try:
-        document = json.loads(_path(cpu_name).read_text(encoding="utf-8"))
-        found = {name: float(document["scales"][name]) for name in _FAMILIES if name in document["scales"]}
+        document = json.loads(_path(cpu_name, kind).read_text(encoding="utf-8"))
+        found = {name: float(document["scales"][name]) for name in _FAMILIES[kind] if name in document["scales"]}
     except FileNotFoundError:
         return {}, "not measured on a board"
     except (OSError, ValueError, KeyError, TypeError):
@@ -36,6 +42,19 @@ def load(cpu_name: str) -> tuple[dict[str, float], str]:
     if not all(math.isfinite(factor) and factor > 0 for factor in found.values()):
         return {}, "not measured on a board (its calibration cannot be read)"
     return found, "scaled by what a board measured"
+
+
+def save(cpu_name: str, kind: str, ratios: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, int]]:
+    """Keep the median of measured over counted for each kernel family; those without measurements stay as they were.
+
+    Returns:
+        By family the factor, and from how many calls it is the median.
+    """
+    found = {family: (statistics.median(values), len(values)) for family, values in ratios.items()}
+    scales = load(cpu_name, kind)[0] | {family: factor for family, (factor, _) in found.items()}
+    cache_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
+    _path(cpu_name, kind).write_text(json.dumps({"scales": scales}, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def calibrate_from(results: str | Path) -> dict[str, tuple[float, int]]:
@@ -58,18 +77,14 @@ def calibrate_from(results: str | Path) -> dict[str, tuple[float, int]]:
     ratios: dict[str, list[float]] = {}
     for place, step in enumerate(_steps(document, path)):
         family = step.get("kernel")
-        if family not in _FAMILIES:
+        if family not in _PACKAGE:
             continue
         measured, predicted = (_number(step.get(key), path, place, key) for key in ("us", "predicted_us"))
         if measured > 0 and predicted > 0:
             ratios.setdefault(family, []).append(measured / predicted)
     if not ratios:
-        raise ValueError(f"{path} has no measured calls of the kernels {', '.join(_FAMILIES)}")
-    found = {family: (statistics.median(values), len(values)) for family, values in ratios.items()}
-    scales = load(name)[0] | {family: factor for family, (factor, _) in found.items()}
-    cache_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
-    _path(name).write_text(json.dumps({"scales": scales}, indent=1) + "\n", encoding="utf-8")
-    return found
+        raise ValueError(f"{path} has no measured calls of the kernels {', '.join(_PACKAGE)}")
+    return save(name, "", ratios)
 
 
 def _steps(document: dict[str, Any], path: Path) -> list[dict[str, Any]]:

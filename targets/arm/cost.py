@@ -1,8 +1,8 @@
 """The cost model of ARM CPUs: cycles of the generated loops by llvm-mca, and bytes that come from memory.
 
 No board is at hand when a model is exported, so a prediction is counted: rounds of each inner loop times its cycles
-(`cycles.json`), what surrounds the loops (estimates, below), and the time that memory takes for weights beyond the L2
-cache. `sparsecomp calibrate --from results.json` scales each family by what a board measured.
+(`cycles.json`), what surrounds the loops (estimates, below), and the time that memory takes for weights beyond the
+caches. `sparsecomp calibrate --from results.json` scales each family by what a board measured.
 """
 
 from __future__ import annotations
@@ -159,5 +159,8 @@ def _depthwise(cpu: ArmCpu, problem: Problem) -> Cost:
 
 
 def _memory(cpu: ArmCpu, nbytes: float, passes: float) -> float:
-    """Bytes from memory of a weight that is read so many times: all of what half of the L2 cache does not hold."""
-    return nbytes * passes if nbytes > cpu.caches.l2 / 2 else 0.0
+    """Bytes from memory of a weight that is read so many times: all of what half of the last cache does not hold.
+
+    An L3 cache keeps up: a round of the row kernel takes its bytes in more cycles than the cache needs to give them.
+    """
+    return nbytes * passes if nbytes > cpu.caches.l3 / 2 else 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import platform
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -78,7 +79,7 @@ FALLBACK = "cortex-a72"
 
 def this_cpu() -> ArmCpu:
     """The CPU of this machine, by its part numbers: of several the fastest, `FALLBACK` if none is known."""
-    known = {_facts()[name]["part"]: name for name in cpu_names()}
+    known = {part: name for name in cpu_names() for part in _facts()[name]["parts"]}
     found = [cpu(known[part]) for part in parts() if part in known]
     return max(found, key=lambda one: one.ghz * one.fmla, default=cpu(FALLBACK))
 
@@ -92,6 +93,14 @@ def features() -> frozenset[str]:
     """Instruction set extensions of this machine, as Linux names them."""
     found = re.search(r"^Features\s*: (.*)$", _cpuinfo(), re.MULTILINE)
     return frozenset(found[1].split() if found else ())
+
+
+def unfit(cpu: ArmCpu) -> str | None:
+    """Why this machine does not run code for a CPU, None if it does."""
+    if platform.machine() not in MACHINES:
+        return f"this machine is {platform.machine()}; models are exported for the CPU (sparsecomp export)"
+    missing = sorted(cpu.needs - features())
+    return f"this CPU has no {', '.join(missing)}" if missing else None
 
 
 def _cores() -> list[tuple[str, str]]:
@@ -152,7 +161,7 @@ def cpu(name: str) -> ArmCpu:
         name=entry["mcpu"],
         mca=entry["mca"],
         fmla=entry["fmla"],
-        caches=Caches(entry["l1"], entry["l2"], entry["l2"]),
+        caches=Caches(entry["l1"], entry["l2"], entry["l3"] or entry["l2"]),
         ghz=entry["ghz"],
         bandwidth=entry["bandwidth"],
         board=entry["board"],

@@ -7,7 +7,7 @@ one lane of a register, so that spreading a weight over a vector costs no instru
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,11 @@ class Call:
     Attributes:
         source: of the kernel.
         arrays: `w0` to `w3`, as many as it takes.
-        dims: the sizes that it reads.
+        dims: the sizes that it reads; of a linear the first is the tokens.
         items: work items, which threads share.
         scratch_floats: of each thread.
+        step: of a linear the tokens of an item: fewer tokens make fewer items of the same size. 0 for a convolution,
+            whose call is for its number of images alone.
     """
 
     source: KernelSource
@@ -54,6 +56,7 @@ class Call:
     dims: tuple[int, ...]
     items: int
     scratch_floats: int
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,72 @@ def panel_tile(v: int, tokens: int) -> int:
     return min(PANEL_TILES[v], key=lambda t: (math.ceil(tokens / t) * (t + 1), -t))
 
 
+@dataclass(frozen=True)
+class LinearWeight:
+    """A weight `[O, I]` of a linear, packed for a kernel; its calls are cut for any number of tokens.
+
+    Attributes:
+        level: of the schedules.
+        shape: O and I.
+        packed: quads of the kernel `rows`, or panels, of which a dense weight keeps all columns.
+        arrays: the same as the kernel takes them.
+    """
+
+    level: ArmLevel
+    shape: tuple[int, int]
+    packed: QuadWeight | PanelWeight
+    arrays: Arrays
+
+    @classmethod
+    def pack(cls, level: ArmLevel, caches: Caches, candidate: Candidate, weight: Tensor) -> LinearWeight:
+        """Pack a weight `[O, I]` for a candidate: `dense`, `rows` or `panel`.
+
+        Raises:
+            ValueError: there is no such kernel.
+        """
+        shape = int(weight.shape[0]), int(weight.shape[1])
+        if candidate.kernel == "rows":
+            packing = schedules.row_packing(level, shape, caches.l1, int(weight.count_nonzero()))
+            quads = QuadWeight.pack(weight, **packing)
+            return cls(level, shape, quads, tuple(rows.weights(quads)))
+        if candidate.kernel not in ("dense", "panel"):
+            raise ValueError(f"there is no ARM kernel {candidate.kernel!r}")
+        v = DENSE_V if candidate.is_dense else dict(candidate.params)["v"]
+        weight = weight.detach().float()
+        full = candidate.is_dense
+        panels = PanelWeight.full(weight, v) if full else PanelWeight.pack(weight, v, signed_zeros=False)
+        # The stored width of a panel is the same for all tiles.
+        return cls(level, shape, panels, tuple(panel.weights(panels, panel_schedule(v, 1).width)))
+
+    def call(self, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
+        """Cut a call.
+
+        Raises:
+            ValueError: x or y is larger than 32-bit numbers address.
+        """
+        outputs, inputs = self.shape
+        if tokens * max(self.shape) >= 2**31:
+            raise ValueError(f"{tokens} tokens of {max(self.shape)} values are more than 32-bit numbers address")
+        if isinstance(self.packed, QuadWeight):
+            return self._rows(self.packed, tokens, threads, epilogue)
+        v = self.packed.v
+        tile = panel_tile(v, tokens)
+        schedule = panel_schedule(v, tile)
+        cut = schedules.panel_cut(tile, tokens, math.ceil(outputs / v), threads)
+        dims = (tokens, inputs, outputs, cut.group, cut.splits)
+        source = _source(self.level, f"panel_{v}_{tile}", schedule, epilogue, lambda: panel.build(schedule, epilogue))
+        return SiteCall(Call(source, self.arrays, dims, cut.items, panel.SCRATCH_FLOATS, cut.group))
+
+    def _rows(self, packed: QuadWeight, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
+        cut = schedules.row_call(self.level, tokens, self.shape, threads)
+        shape = row_schedule(cut.variant)
+        block_floats = packed.block * shape.tile
+        dims = (tokens, self.shape[1], self.shape[0], packed.blocks, block_floats, packed.chunk, cut.splits)
+        scratch = rows.scratch_floats(self.shape[1], packed.chunk, shape)
+        source = _source(self.level, f"rows_{cut.variant}", shape, epilogue, lambda: rows.build(shape, epilogue))
+        return SiteCall(Call(source, self.arrays, dims, cut.items, scratch, shape.tile))
+
+
 def linear_call(
     level: ArmLevel,
     caches: Caches,
@@ -95,51 +164,104 @@ def linear_call(
     call: tuple[int, int],
     epilogue: Epilogue,
 ) -> SiteCall:
-    """Pack a weight `[O, I]` of a linear for a candidate, and cut a call.
-
-    Args:
-        level: of the schedules.
-        caches: that it is cut for.
-        candidate: `dense`, `rows` or `panel`.
-        weight: float32.
-        call: tokens and threads.
-        epilogue: what follows.
+    """Pack a weight `[O, I]` of a linear for a candidate, and cut a call for so many tokens and threads.
 
     Raises:
-        ValueError: there is no such kernel.
+        ValueError: there is no such kernel, or x or y is larger than 32-bit numbers address.
     """
-    tokens, threads = call
-    outputs, inputs = int(weight.shape[0]), int(weight.shape[1])
-    if candidate.kernel == "rows":
-        packing = schedules.row_packing(level, (outputs, inputs), caches.l1, int(weight.count_nonzero()))
-        packed = QuadWeight.pack(weight, **packing)
-        cut = schedules.row_call(level, tokens, (outputs, inputs), threads)
-        shape = row_schedule(cut.variant)
-        dims: tuple[int, ...] = (
-            tokens,
-            inputs,
-            outputs,
-            packed.blocks,
-            packed.block * shape.tile,
-            packed.chunk,
-            cut.splits,
-        )
-        scratch = rows.scratch_floats(inputs, packed.chunk, shape)
-        source = _source(level, f"rows_{cut.variant}", shape, epilogue, lambda: rows.build(shape, epilogue))
-        return SiteCall(Call(source, tuple(rows.weights(packed)), dims, cut.items, scratch))
-    if candidate.kernel not in ("dense", "panel"):
-        raise ValueError(f"there is no ARM kernel {candidate.kernel!r}")
-    dense = candidate.is_dense
-    v = DENSE_V if dense else dict(candidate.params)["v"]
-    weight = weight.detach().float()
-    panels = PanelWeight.full(weight, v) if dense else PanelWeight.pack(weight, v, signed_zeros=False)
-    tile = panel_tile(v, tokens)
-    schedule = panel_schedule(v, tile)
-    cut = schedules.panel_cut(tile, tokens, math.ceil(outputs / v), threads)
-    arrays = tuple(panel.weights(panels, schedule.width))
-    dims = (tokens, inputs, outputs, cut.group, cut.splits)
-    source = _source(level, f"panel_{v}_{tile}", schedule, epilogue, lambda: panel.build(schedule, epilogue))
-    return SiteCall(Call(source, arrays, dims, cut.items, panel.SCRATCH_FLOATS))
+    return LinearWeight.pack(level, caches, candidate, weight).call(*call, epilogue)
+
+
+@dataclass(frozen=True)
+class ConvWeight:
+    """A weight `[O, I / groups, *kernel]` of a convolution, packed; zeros are left out.
+
+    Attributes:
+        level: of the schedules.
+        caches: that calls are cut for.
+        window: of the convolution.
+        channels: I / groups.
+        sizes: see `conv.weight_sizes`.
+        arrays: as the kernel takes them.
+    """
+
+    level: ArmLevel
+    caches: Caches
+    window: Window
+    channels: int
+    sizes: dict[str, int]
+    arrays: Arrays
+
+    @classmethod
+    def pack(cls, level: ArmLevel, caches: Caches, weight: Tensor, window: Window) -> ConvWeight:
+        """Pack a weight."""
+        matrix = weight.detach().float().flatten(1)
+        shape = int(matrix.shape[0]), int(matrix.shape[1])
+        packing = conv_schedules.packing(level, shape, window.groups, ROW_VECTORS, caches.l1)
+        packed, channels = QuadWeight.pack(matrix, **packing), int(weight.shape[1])
+        arrays = tuple(conv.weights(packed, table(window, channels)))
+        return cls(level, caches, window, channels, conv.weight_sizes(packed, window), arrays)
+
+    def call(self, maps: Maps, threads: int, epilogue: Epilogue) -> SiteCall:
+        """Cut a call.
+
+        Raises:
+            ValueError: the maps are larger than 32-bit numbers address.
+        """
+        window, level, sizes = self.window, self.level, self.sizes
+        geometry = Geometry.of(window, maps)
+        rows_groups = (sizes["group_rows"], window.groups)
+        packed_for = (ROW_VECTORS, sizes["block"])
+        cut = conv_schedules.call(level, geometry, maps.images, rows_groups, packed_for, threads, self.caches)
+        schedule = conv.ConvSchedule(LANES, cut.vectors, _SPREAD, geometry.masked, cut.whole, cut.direct)
+        dims = conv.dims(schedule, sizes, geometry, maps.images, (window.groups, cut.splits, cut.image_tiles))
+        scratch = conv.scratch_floats(schedule, sizes, cut.splits)
+        source = _source(level, f"conv_{schedule.label}", schedule, epilogue, lambda: conv.build(schedule, epilogue))
+        call = Call(source, self.arrays, tuple(dims), cut.items, scratch)
+        if not geometry.opened:
+            return SiteCall(call)
+        stride = window.stride[1]
+        opening = conv.OpenSchedule(LANES, stride if stride <= 2 else 0)
+        name = f"conv_open_{opening.step}"
+        source = KernelSource(name, repr(opening), lambda: conv.build_open(opening), level.tvm_target)
+        phases = (np.array(geometry.phases, np.int32),)
+        open_dims = tuple(conv.open_dims(window, maps, geometry))
+        channels = self.channels * window.groups
+        opened = Call(source, phases, open_dims, maps.images * channels, 0)
+        planes = channels * len(geometry.phases)
+        return SiteCall(call, opened, maps.images * planes * geometry.rows * geometry.pitch)
+
+
+@dataclass(frozen=True)
+class DepthwiseWeight:
+    """A weight `[O, 1, *kernel]` of a depthwise convolution, dense.
+
+    Attributes:
+        level: of the schedules.
+        window: of the convolution.
+        values: float32 `[O, taps]`.
+    """
+
+    level: ArmLevel
+    window: Window
+    values: npt.NDArray[np.float32]
+
+    @classmethod
+    def pack(cls, level: ArmLevel, weight: Tensor, window: Window) -> DepthwiseWeight:
+        """Pack a weight."""
+        return cls(level, window, weight.detach().float().flatten(1).contiguous().numpy())
+
+    def call(self, maps: Maps, epilogue: Epilogue) -> SiteCall:
+        """Cut a call."""
+        level, window, outputs = self.level, self.window, self.values.shape[0]
+        layout = depthwise.Layout.of(window, maps)
+        schedule = conv_schedules.depthwise_schedule(level, layout, window, maps)
+        name = f"depthwise_{schedule.vectors}_{schedule.step}"
+        source = _source(level, name, schedule, epilogue, lambda: depthwise.build(schedule, epilogue))
+        dims = tuple(depthwise.dims(schedule, layout, window, maps, outputs))
+        scratch = depthwise.scratch_floats(schedule, layout, window.output(maps.height, maps.width)[0])
+        arrays = (self.values, layout.distances, layout.phases)
+        return SiteCall(Call(source, arrays, dims, maps.images * outputs, scratch))
 
 
 def conv_call(
@@ -157,46 +279,8 @@ def conv_call(
         ValueError: the maps are larger than 32-bit numbers address.
     """
     if window.is_depthwise(int(weight.flatten(1).shape[1])):
-        return _depthwise_call(level, weight, window, maps, epilogue)
-    matrix = weight.detach().float().flatten(1)
-    outputs, columns = int(matrix.shape[0]), int(matrix.shape[1])
-    packing = conv_schedules.packing(level, (outputs, columns), window.groups, ROW_VECTORS, caches.l1)
-    packed = QuadWeight.pack(matrix, **packing)
-    geometry = Geometry.of(window, maps)
-    rows_groups = (packed.group_rows, window.groups)
-    packed_for = (ROW_VECTORS, packed.block)
-    cut = conv_schedules.call(level, geometry, maps.images, rows_groups, packed_for, threads, caches)
-    schedule = conv.ConvSchedule(LANES, cut.vectors, _SPREAD, geometry.masked, cut.whole, cut.direct)
-    channels = int(weight.shape[1])
-    sizes = conv.weight_sizes(packed, window)
-    dims = conv.dims(schedule, sizes, geometry, maps.images, (window.groups, cut.splits, cut.image_tiles))
-    scratch = conv.scratch_floats(schedule, sizes, cut.splits)
-    source = _source(level, f"conv_{schedule.label}", schedule, epilogue, lambda: conv.build(schedule, epilogue))
-    arrays = tuple(conv.weights(packed, table(window, channels)))
-    call = Call(source, arrays, tuple(dims), cut.items, scratch)
-    if not geometry.opened:
-        return SiteCall(call)
-    stride = window.stride[1]
-    opening = conv.OpenSchedule(LANES, stride if stride <= 2 else 0)
-    name = f"conv_open_{opening.step}"
-    source = KernelSource(name, repr(opening), lambda: conv.build_open(opening), level.tvm_target)
-    phases = (np.array(geometry.phases, np.int32),)
-    open_dims = tuple(conv.open_dims(window, maps, geometry))
-    opened = Call(source, phases, open_dims, maps.images * channels * window.groups, 0)
-    planes = channels * window.groups * len(geometry.phases)
-    return SiteCall(call, opened, maps.images * planes * geometry.rows * geometry.pitch)
-
-
-def _depthwise_call(level: ArmLevel, weight: Tensor, window: Window, maps: Maps, epilogue: Epilogue) -> SiteCall:
-    layout = depthwise.Layout.of(window, maps)
-    schedule = conv_schedules.depthwise_schedule(level, layout, window, maps)
-    outputs = int(weight.shape[0])
-    values = weight.detach().float().flatten(1).contiguous().numpy()
-    name = f"depthwise_{schedule.vectors}_{schedule.step}"
-    source = _source(level, name, schedule, epilogue, lambda: depthwise.build(schedule, epilogue))
-    dims = tuple(depthwise.dims(schedule, layout, window, maps, outputs))
-    scratch = depthwise.scratch_floats(schedule, layout, window.output(maps.height, maps.width)[0])
-    return SiteCall(Call(source, (values, layout.distances, layout.phases), dims, maps.images * outputs, scratch))
+        return DepthwiseWeight.pack(level, weight, window).call(maps, epilogue)
+    return ConvWeight.pack(level, caches, weight, window).call(maps, threads, epilogue)
 
 
 def _source(level: ArmLevel, name: str, schedule: Any, epilogue: Epilogue, build: Any) -> KernelSource:
@@ -205,7 +289,7 @@ def _source(level: ArmLevel, name: str, schedule: Any, epilogue: Epilogue, build
     return KernelSource(name, f"{schedule!r} {epilogue!r}", build, level.tvm_target)
 
 
-def sources_of(calls: Sequence[SiteCall]) -> list[KernelSource]:
+def sources_of(calls: Iterable[SiteCall]) -> list[KernelSource]:
     """The kernels of calls, each name once."""
     found = {call.source.name: call.source for site in calls for call in (site.opening, site.call) if call is not None}
     return list(found.values())

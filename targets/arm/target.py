@@ -2,61 +2,42 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from sparsecomp.targets.arm import calibration, cost
-from sparsecomp.targets.arm.cpu import MACHINES, ArmCpu, cpu, cpu_names, this_cpu
+from sparsecomp.targets.arm.cpu import ArmCpu, unfit
 from sparsecomp.targets.arm.kernels import PANEL_TILES
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts, label_of
 from sparsecomp.window import Window
 
 PANELS = tuple(PANEL_TILES)
-_UNMEASURED = {"rows": 1.25, "panel": 1.25}
-"""Nobody has timed the kernels on the CPU, and the count knows no misses of the L1 cache and no mispredicted branch, of
-which sparse kernels have more than dense ones: without a board's measurements they have to be this much better."""
 _LEAST_ROW_TOKENS = 2
 """Tokens from which on the row kernel, which has them in the lanes, is offered."""
-
-
-def names() -> tuple[str, ...]:
-    """The targets of this family."""
-    return ("arm", *(f"arm:{name}" for name in cpu_names()))
-
-
-def create(name: str) -> ArmTarget:
-    """The target of a name, such as `arm:cortex-a76`: `arm` is this machine's CPU.
-
-    Raises:
-        ValueError: this machine is no ARM machine, and no CPU is named.
-    """
-    _, _, cpu_name = name.partition(":")
-    if not cpu_name and platform.machine() not in MACHINES:
-        raise ValueError(
-            f"target 'arm' is the CPU of an ARM machine, and this is {platform.machine()}: name one, "
-            f"such as {names()[1]!r}"
-        )
-    return ArmTarget(cpu(cpu_name) if cpu_name else this_cpu())
 
 
 class ArmTarget(Target):
     """An ARM CPU that models are exported for."""
 
     dtypes = (torch.float32,)
+    calibration = ""  # which one counts, see `calibration.load`
+    cautions: Mapping[str, float] = {"rows": 1.25, "panel": 1.25}
+    """Nobody has timed the kernels on the CPU, and the count knows no misses of the L1 cache and no mispredicted
+    branch, of which sparse kernels have more than dense ones: without a board's measurements they have to be this much
+    better."""
 
     def __init__(self, cpu: ArmCpu) -> None:
         self.cpu = cpu
         self.name = f"arm:{cpu.name}"
-        self._scales, origin = calibration.load(cpu.name)
+        self._scales, origin = calibration.load(cpu.name, self.calibration)
         mca = f"cycles by llvm-mca {cost.llvm_mca_version()}, {origin}"
         self.description = f"{self.name}, caches and clock of: {cpu.board}; {mca}"
 
     def why_not_here(self) -> str | None:
         """See `Target.why_not_here`."""
-        return "models are exported for it (sparsecomp export)"
+        return unfit(self.cpu) or "models are exported for it (sparsecomp export)"
 
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """See `Target.candidates`."""
@@ -88,14 +69,17 @@ class ArmTarget(Target):
             return float("inf")
         if problem.tokens == 0:
             return 0.0
-        family = candidate.kernel
-        if problem.window is not None:
-            family = "depthwise" if problem.window.is_depthwise(problem.facts.in_features) else "conv"
-        return self.scale(family) * cost.predict_us(self.cpu, candidate, problem)
+        return self.scale(self.family(candidate, problem)) * cost.predict_us(self.cpu, candidate, problem)
+
+    def family(self, candidate: Candidate, problem: Problem) -> str:
+        """Which measurements of a board are about a candidate."""
+        if problem.window is None:
+            return candidate.kernel
+        return "depthwise" if problem.window.is_depthwise(problem.facts.in_features) else "conv"
 
     def scale(self, family: str) -> float:
         """What a board measured for a kernel family, relative to what is counted; where none did, a caution."""
-        return self._scales.get(family, _UNMEASURED.get(family, 1.0))
+        return self._scales.get(family, self.cautions.get(family, 1.0))
 
     def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
         """Raise a ValueError: models are exported for this target, none is run in PyTorch."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from sparsecomp.patterns import Pattern
 from sparsecomp.targets.arm import calibration, cost, mca
-from sparsecomp.targets.arm.cpu import cpu, cpu_names
+from sparsecomp.targets.arm.cpu import _facts, cpu, cpu_names
 from sparsecomp.targets.arm.target import ArmTarget
 from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
 
@@ -31,6 +33,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_unknown_cpu_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'cortex-a7.'.*cortex-a53.*neoverse-v1.*apple-m1"):
         cpu("cortex-a67")
+
+
+@pytest.mark.parametrize("name", cpu_names())
+def test_every_fact_has_a_source_or_says_that_none_was_seen(name: str) -> None:
+    facts = _facts()[name]
+    assert facts["sources"]
+    assert set(facts["unverified"]) <= set(facts)
+    text = " ".join(facts["sources"])
+    for words, fields in (("cache", ("l1", "l2", "l3")), ("clock", ("ghz",)), ("fmla|pipes", ("fmla", "loads"))):
+        assert re.search(words, text) or set(fields) & set(facts["unverified"]), words
+    assert 0 < facts["l1"] < facts["l2"] < (facts["l3"] or facts["l2"] + 1)
+
+
+def test_an_l3_cache_keeps_weights_from_memory() -> None:
+    a76 = cpu("cortex-a76")
+    slow = dataclasses.replace(a76, bandwidth=a76.bandwidth / 1000)
+    within, beyond = facts("unstructured@0.9", 384, 384), facts("unstructured@0.5", 2048, 1024)
+    assert cost.predict_us(slow, ROWS, Problem(within, 64, 1)) == cost.predict_us(a76, ROWS, Problem(within, 64, 1))
+    assert cost.predict_us(slow, ROWS, Problem(beyond, 64, 1)) > cost.predict_us(a76, ROWS, Problem(beyond, 64, 1))
 
 
 def test_inner_loops_keep_the_multipliers_of_neoverse_n1_busy() -> None:
