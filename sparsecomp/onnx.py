@@ -24,8 +24,7 @@ from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_module import OnnxModule
 from sparsecomp.frontends.onnx_norm import fold_norm
 from sparsecomp.frontends.onnx_shapes import infer
-from sparsecomp.frontends.onnx_shrink import Shrunk
-from sparsecomp.frontends.onnx_shrink import shrink as shrink_overlays
+from sparsecomp.frontends.onnx_shrink import Shrunk, remove_channels, remove_heads
 from sparsecomp.frontends.onnx_skip import Skipped, skip_blocks
 from sparsecomp.ir import ConvSite, LinearSite
 from sparsecomp.onnx_choice import Planned, plan_sites
@@ -243,7 +242,8 @@ def shrink(
         overlays = build(loaded, infer(loaded, shapes))
         for overlay in overlays:
             run_passes(overlay.graph, [DetectLinear(), DetectConv(), FuseEpilogue()])
-        found += shrink_overlays(loaded, overlays)
+        found += remove_heads(loaded, overlays)
+        found += remove_channels(loaded, infer(loaded, shapes))
     _save(loaded, Path(output))
     return found
 

@@ -61,7 +61,7 @@ def apply(model: ir.Model, replacements: Sequence[Replacement]) -> list[Variant]
         The operations that the model uses now; each has its function in the model.
     """
     opset = model.opset_imports.get("", 1)
-    rewriter = _Rewriter(model, opset)
+    rewriter = Rewriter(model, opset)
     variants = dict.fromkeys(rewriter.replace(replacement) for replacement in replacements)
     for variant in variants:
         made = function(variant, opset)
@@ -91,13 +91,15 @@ class StandardSite:
 
 def replace_with_standard(model: ir.Model, sites: Sequence[StandardSite]) -> None:
     """Write sites anew, in place: their products with other weights and biases, and what follows them as it was."""
-    rewriter = _Rewriter(model, model.opset_imports.get("", 1))
+    rewriter = Rewriter(model, model.opset_imports.get("", 1))
     for standard in sites:
         rewriter.replace_standard(standard)
 
 
 @dataclass
-class _Rewriter:
+class Rewriter:
+    """Puts nodes and constants into a model, under names that are new to it."""
+
     model: ir.Model
     opset: int
     names: set[str] = field(default_factory=set)
@@ -128,7 +130,7 @@ class _Rewriter:
         new_nodes: list[ir.Node] = []
         operands = [self._operand(overlay, site.x, new_nodes)]
         if replacement.bias is not None:
-            operands.append(self._initializer(overlay.owner, f"{site.name}.bias", replacement.bias))
+            operands.append(self.initializer(overlay.owner, f"{site.name}.bias", replacement.bias))
         elif site.bias is not None:
             operands.append(self._operand(overlay, site.bias, new_nodes))
         if site.residual is not None:
@@ -146,9 +148,9 @@ class _Rewriter:
         given = {"x": self._operand(overlay, site.x, nodes)}
         matrix = isinstance(site, LinearSite)
         stored = standard.weight.T if matrix else standard.weight
-        given["weight"] = self._initializer(overlay.owner, f"{site.name}.kept", stored)
+        given["weight"] = self.initializer(overlay.owner, f"{site.name}.kept", stored)
         if standard.bias is not None:
-            given["bias"] = self._initializer(overlay.owner, f"{site.name}.kept_bias", standard.bias)
+            given["bias"] = self.initializer(overlay.owner, f"{site.name}.kept_bias", standard.bias)
         if site.residual is not None:
             given["residual"] = self._operand(overlay, site.residual, nodes)
         conv = None if isinstance(site, LinearSite) else site
@@ -164,7 +166,7 @@ class _Rewriter:
         nodes += product_nodes(given, given["weight"], variant, self.opset)
         for node in nodes:
             for value in node.outputs:
-                value.name = value.name or self._unique(f"{site.name}.value")
+                value.name = value.name or self.unique(f"{site.name}.value")
         self._put(overlay, site, nodes)
 
     def _put(self, overlay: Overlay, site: Site, new_nodes: list[ir.Node]) -> None:
@@ -179,17 +181,17 @@ class _Rewriter:
             overlay.owner, anchor, old_nodes, new_nodes, [old_value], [new_nodes[-1].outputs[0]]
         )
         self.replaced[old_value] = new_nodes[-1].outputs[0]
-        _remove_unused(read)
+        remove_unused(read)
 
     def _operand(self, overlay: Overlay, name: str, new_nodes: list[ir.Node]) -> ir.Value:
         origin = overlay.origin(name)
         if isinstance(origin, Derived):
             if origin.tensor is not None:
-                return self._initializer(overlay.owner, name, origin.tensor)
+                return self.initializer(overlay.owner, name, origin.tensor)
             assert origin.transposed is not None
             source = self.replaced.get(origin.transposed, origin.transposed)
             node = ir.Node("", "Transpose", [source], [ir.AttrInt64s("perm", [1, 0])])
-            node.outputs[0].name = self._unique(name)
+            node.outputs[0].name = self.unique(name)
             new_nodes.append(node)
             return node.outputs[0]
         return self.replaced.get(origin, origin)
@@ -209,7 +211,7 @@ class _Rewriter:
                 arrays["index"] = index_of(_values_of(replacement.pack, place), weight, self.opset)
                 arrays["shape"] = np.array(weight.shape[::-1] if weight.ndim == 2 else weight.shape, np.int64)
             owner, stem = replacement.overlay.owner, replacement.site.name
-            values = {name: self._initializer(owner, f"{stem}.{name}", array) for name, array in arrays.items()}
+            values = {name: self.initializer(owner, f"{stem}.{name}", array) for name, array in arrays.items()}
             self.packed[key] = packed, values
         return self.packed[key]
 
@@ -217,15 +219,17 @@ class _Rewriter:
         full = any(form.family == "full" for form in forms)
         return self.opset < (FULL_OPSET if full else DECODING_OPSET)
 
-    def _initializer(self, graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        tensor = ir.tensor(np.ascontiguousarray(array), name=self._unique(name))
+    def initializer(self, graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        """Add a constant to a graph, under this name or one like it."""
+        tensor = ir.tensor(np.asarray(array, order="C"), name=self.unique(name))
         value = ir.Value(
             name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
         )
         graph.register_initializer(value)
         return value
 
-    def _unique(self, name: str) -> str:
+    def unique(self, name: str) -> str:
+        """A name that no value of the model has yet."""
         candidate, count = name, 1
         while candidate in self.names:
             count += 1
@@ -247,7 +251,7 @@ def _values_of(
     return lambda weight: pack(from_numpy(weight)).forms[place].arrays["values"]
 
 
-def _remove_unused(values: list[ir.Value]) -> None:
+def remove_unused(values: list[ir.Value]) -> None:
     """Remove what gave values that nothing reads any more: initializers, constants, transposes of weights."""
     waiting = list(values)
     while waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,180 @@ def test_heads_of_a_real_model(tmp_path: Path) -> None:
             cases.session(tmp_path / "m.onnx").run(None, feeds), cases.session(model).run(None, feeds), strict=True
         ):
             cases.close(value, wanted, 1e-4)
+
+
+class _Decoder:
+    """Blocks of a decoder's form, without attention's product: `x + down(gate * up)` behind an RMS normalisation."""
+
+    def __init__(self, width: int, dead: Sequence[int], opset: int) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, Any] = {}
+        self.width, self.dead, self.opset = width, list(dead), opset
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        output = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        return output
+
+    def constant(self, array: Any) -> str:
+        self.constants[f"c{len(self.constants)}"] = np.asarray(array)
+        return f"c{len(self.constants) - 1}"
+
+    def weight(self, inputs: int, outputs: int, *, writes: bool = False) -> str:
+        """A weight whose outputs leave the dead directions of the stream alone, if it writes to that."""
+        array = (RANDOM.standard_normal((inputs, outputs)) / np.sqrt(inputs)).astype(np.float32)
+        if writes:
+            array[:, self.dead] = 0
+        return self.constant(array)
+
+    def norm(self, x: str) -> str:
+        scale = self.constant(RANDOM.uniform(0.5, 1.5, self.width).astype(np.float32))
+        if self.opset >= 23:
+            return self.op("RMSNormalization", x, scale, epsilon=1e-3)
+        square = self.op("Pow", x, self.constant(np.float32(2)))
+        axes = {"axes": [-1]} if self.opset < 18 else {}
+        last = [self.constant(np.array([-1]))] if self.opset >= 18 else []
+        mean = self.op("ReduceMean", square, *last, keepdims=1, **axes)
+        root = self.op("Sqrt", self.op("Add", mean, self.constant(np.float32(1e-3))))
+        return self.op("Mul", self.op("Div", x, root), scale)
+
+    def block(self, x: str) -> str:
+        h = self.norm(x)
+        gate = self.op("MatMul", h, self.weight(self.width, 20))
+        gated = self.op(
+            "Mul", self.op("Mul", gate, self.op("Sigmoid", gate)), self.op("MatMul", h, self.weight(self.width, 20))
+        )
+        return self.op("Add", self.op("MatMul", gated, self.weight(20, self.width, writes=True)), x)
+
+
+def _stream(width: int, dead: Sequence[int], opset: int, *, rotated: bool = False) -> onnx.ModelProto:
+    """A model of token numbers with two blocks; rotated, other directions are dead behind the first."""
+    decoder = _Decoder(width, dead, opset)
+    table = RANDOM.standard_normal((11, width)).astype(np.float32)
+    table[:, list(dead)] = 0
+    x = decoder.block(decoder.op("Gather", decoder.constant(table), "ids"))
+    if rotated:
+        decoder.dead = [channel for channel in range(width) if channel not in dead][: len(dead)]
+        x = decoder.op("MatMul", x, decoder.weight(width, width, writes=True))
+    x = decoder.norm(decoder.block(x))
+    decoder.nodes.append(helper.make_node("MatMul", [x, decoder.weight(width, 11)], ["y"]))
+    model = cases.model_of(decoder.nodes, {"ids": ["n", "t"]}, decoder.constants, opset=opset, ir_version=10)
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None] * 3))
+    return model
+
+
+@pytest.mark.parametrize("opset", [11, 18, 23])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_dead_directions_of_a_residual_stream(opset: int, rotated: bool, tmp_path: Path) -> None:
+    """As SliceGPT leaves them: zero in the embedding and in every weight that writes to the stream."""
+    model = _stream(24, [2, 3, 7, 20, 23], opset, rotated=rotated)
+    found = sparsecomp.onnx.shrink(model, tmp_path / "m.onnx")
+    assert [(layer.units, layer.removed, layer.kind) for layer in found] == [(24, 5, "channels")] * (1 + rotated)
+    shapes = _check(model, tmp_path / "m.onnx", {"ids": RANDOM.integers(0, 11, (2, 7))})
+    matrices = [shape for shape in shapes.values() if len(shape) == 2]
+    assert sorted(matrices) == sorted([(11, 19), *[(19, 20)] * 4, *[(20, 19)] * 2, (19, 11), *[(19, 19)] * rotated])
+
+
+def test_a_stream_with_layer_normalisation_keeps_its_directions(tmp_path: Path) -> None:
+    """The mean makes something of zeros."""
+    decoder = _Decoder(16, [1, 5], 17)
+    table = RANDOM.standard_normal((11, 16)).astype(np.float32)
+    table[:, [1, 5]] = 0
+    x = decoder.op("Gather", decoder.constant(table), "ids")
+    scale, shift = decoder.constant(np.ones(16, np.float32)), decoder.constant(np.zeros(16, np.float32))
+    h = decoder.op("LayerNormalization", x, scale, shift)
+    x = decoder.op("Add", decoder.op("MatMul", h, decoder.weight(16, 16, writes=True)), x)
+    decoder.nodes.append(helper.make_node("MatMul", [x, decoder.weight(16, 4)], ["y"]))
+    model = cases.model_of(decoder.nodes, {"ids": ["n"]}, decoder.constants)
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None] * 2))
+    assert sparsecomp.onnx.shrink(model, tmp_path / "m.onnx") == []
+
+
+def test_units_of_a_gated_ffn(tmp_path: Path) -> None:
+    """A unit goes through two linears; it is dead where one of them or the next is zero."""
+    gate, up, down = (RANDOM.standard_normal(shape).astype(np.float32) for shape in ((8, 12), (8, 12), (12, 8)))
+    gate[:, 1], up[:, 4], down[9] = 0, 0, 0
+    nodes = [
+        helper.make_node("MatMul", ["x", "gate"], ["g"]),
+        helper.make_node("Sigmoid", ["g"], ["s"]),
+        helper.make_node("Mul", ["g", "s"], ["a"]),
+        helper.make_node("MatMul", ["x", "up"], ["u"]),
+        helper.make_node("Mul", ["a", "u"], ["h"]),
+        helper.make_node("MatMul", ["h", "down"], ["y"]),
+    ]
+    model = cases.model_of(nodes, {"x": ["n", 8]}, {"gate": gate, "up": up, "down": down})
+    assert [layer.removed for layer in sparsecomp.onnx.shrink(model, tmp_path / "m.onnx")] == [3]
+    shapes = _check(model, tmp_path / "m.onnx", {"x": RANDOM.standard_normal((5, 8)).astype(np.float32)})
+    assert sorted(shapes.values()) == [(8, 9), (8, 9), (9, 8)]
+
+
+def test_channels_of_a_residual_network(tmp_path: Path) -> None:
+    """Convolutions that add to the same maps, with normalisations, a depthwise one, pooling and a classifier behind."""
+
+    def weight(*shape: int, dead: Sequence[int] = (1, 4)) -> Any:
+        array = RANDOM.standard_normal(shape).astype(np.float32)
+        array[list(dead)] = 0
+        return array
+
+    constants: dict[str, Any] = {"w0": weight(6, 3, 3, 3), "w1": weight(6, 6, 3, 3), "w2": weight(6, 1, 3, 3, dead=())}
+    constants |= {name: RANDOM.uniform(0.5, 2, 6).astype(np.float32) for name in ("scale", "shift", "mean", "variance")}
+    constants["shift"][[1, 4]] = constants["mean"][[1, 4]] = 0
+    constants |= {"w3": RANDOM.standard_normal((5, 6)).astype(np.float32), "b3": np.ones(5, np.float32)}
+    nodes = [
+        helper.make_node("Conv", ["x", "w0"], ["c0"], pads=[1, 1, 1, 1]),
+        helper.make_node("BatchNormalization", ["c0", "scale", "shift", "mean", "variance"], ["n0"]),
+        helper.make_node("Relu", ["n0"], ["r0"]),
+        helper.make_node("Conv", ["r0", "w1"], ["c1"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["c1", "r0"], ["a"]),
+        helper.make_node("Conv", ["a", "w2"], ["c2"], group=6),
+        helper.make_node("GlobalAveragePool", ["c2"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Gemm", ["f", "w3", "b3"], ["y"], transB=1),
+    ]
+    model = cases.model_of(nodes, {"x": ["n", 3, 8, 9]}, constants, outputs={"y": 2})
+    found = sparsecomp.onnx.shrink(model, tmp_path / "m.onnx")
+    assert [(layer.units, layer.removed) for layer in found] == [(6, 2)]
+    shapes = _check(model, tmp_path / "m.onnx", {"x": RANDOM.standard_normal((2, 3, 8, 9)).astype(np.float32)})
+    assert {(4, 3, 3, 3), (4, 4, 3, 3), (4, 1, 3, 3), (5, 4), (4,)} <= set(shapes.values())
+
+
+def test_channels_of_a_real_network(tmp_path: Path) -> None:
+    model = cases.opennsfw()
+    for item in model.graph.initializer:
+        if len(item.dims) == 4:
+            array = numpy_helper.to_array(item).copy()
+            array[RANDOM.random(array.shape[0]) < 0.3] = 0
+            array[:, RANDOM.random(array.shape[1]) < 0.3] = 0
+            item.CopyFrom(numpy_helper.from_array(array, item.name))
+    found = sparsecomp.onnx.shrink(model, tmp_path / "m.onnx")
+    assert len(found) > 30
+    feeds = {"input:0": (RANDOM.random((1, 224, 224, 3)) * 255 - 110).astype(np.float32)}
+    for value, wanted in zip(
+        cases.session(tmp_path / "m.onnx").run(None, feeds), cases.session(model).run(None, feeds), strict=True
+    ):
+        cases.close(value, wanted)
+
+
+@pytest.mark.parametrize(("entries", "removed"), [([0, 1], 2), ([1, 2], 0)])
+def test_who_sees_the_size_of_a_stream_keeps_it(entries: list[int], removed: int, tmp_path: Path) -> None:
+    w1, b1 = RANDOM.standard_normal((8, 12)).astype(np.float32), np.zeros(12, np.float32)
+    w2 = RANDOM.standard_normal((12, 8)).astype(np.float32)
+    w2[[3, 5]] = 0
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["a"]),
+        helper.make_node("Add", ["a", "b1"], ["h"]),
+        helper.make_node("Shape", ["h"], ["shape"]),
+        helper.make_node("Gather", ["shape", "entries"], ["sizes"]),
+        helper.make_node("Cast", ["sizes"], ["z"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("MatMul", ["h", "w2"], ["y"]),
+    ]
+    constants = {"w1": w1, "b1": b1, "w2": w2, "entries": np.array(entries)}
+    model = cases.model_of(nodes, {"x": ["n", "t", 8]}, constants, outputs={"y": 3, "z": 1})
+    found = sparsecomp.onnx.shrink(model, tmp_path / "m.onnx")
+    assert sum(layer.removed for layer in found) == removed
+    _check(model, tmp_path / "m.onnx", {"x": RANDOM.standard_normal((2, 3, 8)).astype(np.float32)})
 
 
 def test_the_command(tmp_path: Path) -> None:
