@@ -99,6 +99,14 @@ def test_explain_says_what_is_wrong(bert_folder: Path, arguments: list[str], exp
     assert expected in result.stderr
 
 
+def test_explain_for_a_board(bert_folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["--sparsify", "unstructured@0.9", "--tokens", "16", "--target", "arm:cortex-a53"]
+    result = runner.invoke(app, ["explain", str(bert_folder), *arguments, "--json", str(report)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(report.read_text())["plan"]["target"] == "arm:cortex-a53"
+
+
 def test_explain_of_no_model(tmp_path: Path) -> None:
     missing = runner.invoke(app, ["explain", str(tmp_path / "nothing")])
     assert missing.exit_code == 1

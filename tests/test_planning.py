@@ -237,3 +237,18 @@ def test_the_latency_of_a_model_is_measured() -> None:
     from sparsecomp.pruning.calibration import Call
 
     assert 0 < model_us(Block().eval(), Call((torch.randn(4, 32),), {"scale": 2.0})) < 1e6
+
+
+def test_of_a_target_that_is_not_here_only_layers_are_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "model_us", lambda *_: pytest.fail("nothing of it can be measured here"))
+    monkeypatch.setattr(pricing, "measure", lambda *_: pytest.fail("nothing of it can be measured here"))
+    plan = make(Stack(), target="arm:neoverse-v1", speedup=1.05)
+    assert plan.target == "arm:neoverse-v1"
+    assert plan.summary is not None
+    assert plan.summary.rest_us == 0
+    assert plan.summary.dense_us == pytest.approx(sum(choice.dense_us or 0.0 for choice in plan))
+    assert plan.summary.speedup >= 1.05
+    assert {choice.chosen.kernel for choice in plan if choice.prune} <= {"rows", "panel"}
+    with pytest.raises(ValueError, match="cannot be measured here"):
+        make(Stack(), target="arm:neoverse-v1", speedup=1.5, autotune=True)

@@ -85,7 +85,8 @@ class Summary:
     """What a plan under a budget means for the whole model.
 
     Attributes:
-        dense_us: microseconds of one call of the model under Inductor, measured.
+        dense_us: microseconds of one call of the model under Inductor, measured; for a target that is not here, of its
+            linears and convolutions together, predicted.
         rest_us: the part of it that is spent outside of the sites which have options.
         planned_us: microseconds of one call of the model as planned, predicted.
         quality: what the loss is, such as `KL divergence per token`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection, Mapping
 
 import torch
@@ -78,8 +79,15 @@ class ArmTarget(Target):
         return "depthwise" if problem.window.is_depthwise(problem.facts.in_features) else "conv"
 
     def scale(self, family: str) -> float:
-        """What a board measured for a kernel family, relative to what is counted; where none did, a caution."""
-        return self._scales.get(family, self.cautions.get(family, 1.0))
+        """What a board measured for a kernel family, relative to what is counted.
+
+        For a family that it did not measure, what it measured for the others, less their cautions: a board that is
+        slower than its facts is slower for all. With the family's own caution; that alone where nothing was measured.
+        """
+        if family in self._scales:
+            return self._scales[family]
+        others = [factor / self.cautions.get(other, 1.0) for other, factor in self._scales.items()]
+        return (statistics.median(others) if others else 1.0) * self.cautions.get(family, 1.0)
 
     def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
         """Raise a ValueError: models are exported for this target, none is run in PyTorch."""

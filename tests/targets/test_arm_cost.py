@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 from pathlib import Path
 
+import arm_tools
+import numpy as np
+import onnx_cases
 import pytest
 import torch
 
+import sparsecomp
 from sparsecomp.patterns import Pattern
 from sparsecomp.targets.arm import calibration, cost, mca
 from sparsecomp.targets.arm.cpu import _facts, cpu, cpu_names
@@ -111,9 +116,12 @@ def test_kernels_of_a_board_do_not_run_here() -> None:
 
 
 class TestCalibration:
+    def step(self, family: str = "rows", us: float = 15.0) -> dict[str, object]:
+        return {"name": "a", "kernel": family, "predicted_us": 10.0, "us": us}
+
     def results(self, folder: Path, **changes: object) -> Path:
-        step = {"name": "a", "kernel": "rows", "predicted_us": 10.0, "us": 15.0}
-        document = {"format": calibration.RESULTS, "version": 1, "cpu": "cortex-a76", "threads": 1, "steps": [step]}
+        steps = [self.step()]
+        document = {"format": calibration.RESULTS, "version": 1, "cpu": "cortex-a76", "threads": 1, "steps": steps}
         path = folder / "results.json"
         path.write_text(json.dumps(document | changes))
         return path
@@ -126,9 +134,21 @@ class TestCalibration:
         after, other = ArmTarget(cpu("cortex-a76")), ArmTarget(cpu("cortex-a53"))
         counted = before.predict(ROWS, problem) / before.scale("rows")
         assert after.predict(ROWS, problem) == pytest.approx(1.5 * counted)
-        assert after.predict(DENSE, problem) == before.predict(DENSE, problem)
         assert "measured" in after.description
         assert other.scale("rows") == before.scale("rows") > 1.0
+
+    def test_a_slow_board_is_slow_for_what_it_did_not_measure(self, tmp_path: Path) -> None:
+        problem = Problem(facts("8:2:4"), 64, 1)
+        before = ArmTarget(cpu("cortex-a76"))
+        candidates = before.candidates(problem.facts)
+        calibration.calibrate_from(self.results(tmp_path, steps=[self.step(family="rows", us=120.0)]))
+        after = ArmTarget(cpu("cortex-a76"))
+        ratios = [after.predict(c, problem) / before.predict(c, problem) for c in candidates]
+        assert ratios == pytest.approx([12 / 1.25] * len(candidates))
+        calibration.calibrate_from(self.results(tmp_path, steps=[self.step(family="dense", us=30.0)]))
+        both = ArmTarget(cpu("cortex-a76"))
+        assert (both.scale("rows"), both.scale("dense")) == (12.0, 3.0)
+        assert both.scale("conv") == pytest.approx((12 / 1.25 + 3) / 2)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -147,3 +167,22 @@ class TestCalibration:
     def test_a_damaged_calibration_counts_as_none(self, tmp_path: Path) -> None:
         (tmp_path / "arm-cortex-a76.json").write_text("{")
         assert "cannot be read" in ArmTarget(cpu("cortex-a76")).description
+
+    @pytest.mark.arm
+    def test_what_a_package_writes_is_read(self, tmp_path: Path) -> None:
+        emulator, compiler = arm_tools.emulator(), arm_tools.cross_compiler()
+        dense, scales = torch.randn(96, 64), {}
+        for weight in (Pattern.parse("unstructured@0.8").project(dense), dense):
+            model = onnx_cases.linear_model(weight.t().contiguous().numpy(), np.zeros(96, np.float32))
+            folder = tmp_path / f"package_{len(scales)}"
+            sparsecomp.export(model, output=folder, cpu_name="cortex-a53", shapes={"x": [16, 64]})
+            program, inputs = arm_tools.build(folder, compiler), folder / "input.bin"
+            inputs.write_bytes(bytes(16 * 64 * 4))
+            command = [emulator, str(program), str(folder / "weights.bin"), str(inputs), "--results", "results.json"]
+            subprocess.run(command, cwd=folder, check=True, timeout=300, stdout=subprocess.DEVNULL)
+            scales |= calibration.calibrate_from(folder / "results.json")
+        assert set(scales) == {"rows", "dense"}
+        after = ArmTarget(cpu("cortex-a53"))
+        assert {family: after.scale(family) for family in scales} == {
+            name: scale for name, (scale, _) in scales.items()
+        }
