@@ -104,6 +104,7 @@ def pack_sites(
             call = conv_call(level, target.cpu.caches, weight, site.window, site.maps, threads, epilogue)
             bias = np.concatenate([bias, np.ones_like(bias)])
             kernel, pattern = call.call.source.name.partition("_")[0], chosen.pattern
+            kernel = "dense_conv" if kernel == "conv" and chosen.is_dense else kernel
         us = next((p.us for p in item.choice.predictions if p.candidate == chosen), 0.0) / target.scale(kernel)
         packed.append((item, SiteStep(site.name, kernel, pattern, call, bias, us)))
     return packed

@@ -14,8 +14,8 @@ from sparsecomp.runtime.cache import cache_dir
 from sparsecomp.targets.arm.cpu import cpu
 
 RESULTS = "sparsecomp-arm-results"
-_PACKAGE = ("dense", "rows", "panel", "conv", "depthwise")
-_FAMILIES = {"": _PACKAGE, "torch": (*_PACKAGE, "dense_conv", "dense_depthwise")}
+_PACKAGE = ("dense", "rows", "panel", "dense_conv", "conv", "depthwise")
+_FAMILIES = {"": _PACKAGE, "torch": (*_PACKAGE, "dense_depthwise")}
 _MOST_STEPS = 100_000
 
 

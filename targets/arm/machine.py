@@ -57,7 +57,7 @@ class ArmMachine(ArmTarget):
     """The CPU of this machine, or one like it."""
 
     calibration = "torch"
-    cautions: Mapping[str, float] = {**ArmTarget.cautions, "conv": 1.25, "depthwise": 1.25}
+    cautions: Mapping[str, float] = {**ArmTarget.cautions, "depthwise": 1.25}
 
     def __init__(self, chosen: ArmCpu, level: ArmLevel) -> None:
         """Make it.
@@ -82,9 +82,9 @@ class ArmMachine(ArmTarget):
         return super().conv_candidates(facts, window, allowed)
 
     def family(self, candidate: Candidate, problem: Problem) -> str:
-        """See `ArmTarget.family`; dense is PyTorch's, which takes another time than ours."""
+        """See `ArmTarget.family`; dense is PyTorch's, also of depthwise convolutions."""
         ours = super().family(candidate, problem)
-        return f"dense_{ours}" if candidate.is_dense and problem.window is not None else ours
+        return "dense_depthwise" if candidate.is_dense and ours == "depthwise" else ours
 
     def layout_us(self, values: int, threads: int) -> float:
         """See `Target.layout_us`."""

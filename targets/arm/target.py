@@ -24,7 +24,7 @@ class ArmTarget(Target):
 
     dtypes = (torch.float32,)
     calibration = ""  # which one counts, see `calibration.load`
-    cautions: Mapping[str, float] = {"rows": 1.25, "panel": 1.25}
+    cautions: Mapping[str, float] = {"rows": 1.25, "panel": 1.25, "conv": 1.25}
     """Nobody has timed the kernels on the CPU, and the count knows no misses of the L1 cache and no mispredicted
     branch, of which sparse kernels have more than dense ones: without a board's measurements they have to be this much
     better."""
@@ -76,7 +76,9 @@ class ArmTarget(Target):
         """Which measurements of a board are about a candidate."""
         if problem.window is None:
             return candidate.kernel
-        return "depthwise" if problem.window.is_depthwise(problem.facts.in_features) else "conv"
+        if problem.window.is_depthwise(problem.facts.in_features):
+            return "depthwise"
+        return "dense_conv" if candidate.is_dense else "conv"
 
     def scale(self, family: str) -> float:
         """What a board measured for a kernel family, relative to what is counted.

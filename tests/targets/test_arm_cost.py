@@ -20,6 +20,7 @@ from sparsecomp.targets.arm import calibration, cost, mca
 from sparsecomp.targets.arm.cpu import _facts, cpu, cpu_names
 from sparsecomp.targets.arm.target import ArmTarget
 from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+from sparsecomp.window import Maps, Window
 
 ROWS = Candidate("rows", "unstructured")
 
@@ -86,6 +87,19 @@ def test_the_table_of_cycles_is_what_llvm_mca_says_now() -> None:
 
 
 @pytest.mark.parametrize("name", cpu_names())
+def test_a_sparse_convolution_has_to_beat_the_dense_one_of_the_same_kernel(name: str) -> None:
+    target, window, maps = ArmTarget(cpu(name)), Window((1, 1)), Maps(1, 14, 14)
+    nearly, few = facts("unstructured@0.05", 96, 96), facts("unstructured@0.8", 96, 96)
+    sparse, dense = (
+        [target.predict(c, Problem(f, 196, 1, window=window, maps=maps)) for f in (nearly, few)]
+        for c in (Candidate("conv", "unstructured"), DENSE)
+    )
+    assert dense[0] == dense[1]
+    assert sparse[0] > dense[0] > sparse[1]
+    assert target.family(DENSE, Problem(few, 196, 1, window=window, maps=maps)) == "dense_conv"
+
+
+@pytest.mark.parametrize("name", cpu_names())
 def test_fewer_entries_never_take_longer(name: str) -> None:
     target = ArmTarget(cpu(name))
     times = [target.predict(ROWS, Problem(facts(f"unstructured@{share}"), 64, 1)) for share in (0.5, 0.7, 0.8, 0.9)]
@@ -148,7 +162,7 @@ class TestCalibration:
         calibration.calibrate_from(self.results(tmp_path, steps=[self.step(family="dense", us=30.0)]))
         both = ArmTarget(cpu("cortex-a76"))
         assert (both.scale("rows"), both.scale("dense")) == (12.0, 3.0)
-        assert both.scale("conv") == pytest.approx((12 / 1.25 + 3) / 2)
+        assert both.scale("depthwise") == pytest.approx((12 / 1.25 + 3) / 2)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
