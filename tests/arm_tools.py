@@ -68,7 +68,11 @@ def write_inputs(folder: Path, arrays: Sequence[np.ndarray[Any, Any]]) -> Path:
 
 
 def run(
-    program: Path, inputs: Sequence[np.ndarray[Any, Any]], likes: Sequence[np.ndarray[Any, Any]], *before: str
+    program: Path,
+    inputs: Sequence[np.ndarray[Any, Any]],
+    likes: Sequence[np.ndarray[Any, Any]],
+    *before: str,
+    sizes: Sequence[int] = (),
 ) -> list[np.ndarray[Any, Any]]:
     """Run a package once; returns its outputs, in the forms of other arrays.
 
@@ -77,10 +81,12 @@ def run(
         inputs: of the model.
         likes: arrays of the outputs' shapes and types.
         before: words before the program, such as an emulator.
+        sizes: those that each run gives.
     """
     folder = program.parent
     path, output = write_inputs(folder, inputs), folder / "output.bin"
     command = [*before, str(program), str(folder / "weights.bin"), str(path), "--output", str(output), "--rounds", "1"]
+    command += ["--sizes", ",".join(map(str, sizes))] if sizes else []
     result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
     content, at, found = output.read_bytes(), 0, []

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsecomp.cli.common import errors_for_people
-from sparsecomp.cli.onnx import Exclude, PlanFile, Shapes, sizes_of
+from sparsecomp.cli.onnx import Exclude, PlanFile, parts_of
 
 
 def export(
@@ -18,7 +18,14 @@ def export(
         str, typer.Option(help="arm; host: the same code for this machine, to test it; hls: an FPGA.")
     ] = "arm",
     cpu: Annotated[str, typer.Option(help="The board's CPU, such as cortex-a53.")] = "cortex-a76",
-    shape: Shapes = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="NAME=SIZES",
+            help="Sizes of an input, such as input_ids=1x128; input_ids=1x1..128: each run gives the length.",
+        ),
+    ] = None,
     plan: PlanFile = None,
     exclude: Exclude = None,
     threads: Annotated[int, typer.Option(min=1, help="Most that a call uses, where OpenMP is on.")] = 1,
@@ -41,7 +48,9 @@ def export(
     With --target hls: a project of C++ for high-level synthesis, of an int8 network.
     """
     with errors_for_people():
-        sizes = sizes_of(shape)
+        sizes = {
+            name: [int(part) if part.isdecimal() else part for part in parts] for name, parts in parts_of(shape).items()
+        }
         if target == "hls":
             if sizes or plan or exclude or threads != 1 or ram or flash:
                 raise ValueError(

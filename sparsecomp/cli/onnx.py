@@ -18,6 +18,7 @@ Shapes = Annotated[
         "--shape", metavar="NAME=SIZES", help="Sizes of an input that the times are for, such as input_ids=1x128."
     ),
 ]
+_SHAPE_FORM = "expected NAME=SIZES, such as input_ids=1x128"
 Exclude = Annotated[
     list[str] | None, typer.Option(metavar="REGEX", help="Sites whose name this matches stay dense; several times.")
 ]
@@ -149,6 +150,21 @@ def _api() -> Any:
     return sparsecomp.onnx
 
 
+def parts_of(given: list[str] | None) -> dict[str, list[str]]:
+    """What `--shape` gives for each dimension, by the name of an input.
+
+    Raises:
+        ValueError: a text has another form.
+    """
+    parts: dict[str, list[str]] = {}
+    for text in given or []:
+        name, _, sizes = text.rpartition("=")
+        if not name or not sizes:
+            raise ValueError(f"--shape {text!r}: {_SHAPE_FORM}")
+        parts[name] = sizes.lower().split("x")
+    return parts
+
+
 def sizes_of(given: list[str] | None) -> dict[str, list[int]]:
     """The sizes that `--shape` gives, by the name of an input.
 
@@ -156,12 +172,8 @@ def sizes_of(given: list[str] | None) -> dict[str, list[int]]:
         ValueError: a text has another form.
     """
     sizes: dict[str, list[int]] = {}
-    for text in given or []:
-        name, _, numbers = text.rpartition("=")
-        try:
-            sizes[name] = [int(number) for number in numbers.lower().split("x")]
-        except ValueError:
-            name = ""
-        if not name:
-            raise ValueError(f"--shape {text!r}: expected NAME=SIZES, such as input_ids=1x128")
+    for name, parts in parts_of(given).items():
+        if not all(part.isdecimal() for part in parts):
+            raise ValueError(f"--shape '{name}={'x'.join(parts)}': {_SHAPE_FORM}")
+        sizes[name] = [int(part) for part in parts]
     return sizes

@@ -17,7 +17,8 @@ from torch import nn
 
 from sparsecomp.exporting.emit import Sizes, labelled, package
 from sparsecomp.exporting.lowering import lower
-from sparsecomp.exporting.sites import FoundSite, find_sites, output_shape, pack_sites, replace_sites
+from sparsecomp.exporting.ranges import dynamic_shapes, parse_shapes
+from sparsecomp.exporting.sites import FoundSite, dense_up_to, find_sites, output_shape, pack_sites, replace_sites
 from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_shapes import infer
 from sparsecomp.kernels import tir
@@ -47,7 +48,7 @@ def export(
     output: str | os.PathLike[str],
     target: str = "arm",
     cpu_name: str = DEFAULT_CPU,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: Mapping[str, Sequence[int | str]] | None = None,
     options: Options | Mapping[str, Any] | None = None,
     threads: int = 1,
     ram: int | str | None = None,
@@ -62,7 +63,9 @@ def export(
         output: the folder to write; what lies in it from an export before is replaced.
         target: `arm`; or `host` for the same code built for this x86-64 machine, to test it.
         cpu_name: the board's CPU, one of `sparsecomp.targets.arm.cpu_names()`; of `host` the one that is planned for.
-        shapes: sizes of inputs by name; what a model leaves open is 1 first, then 128, and 224 for images.
+        shapes: sizes of inputs by name; what a model leaves open is 1 first, then 128, and 224 for images. A size that
+            each run of the package gives is a range, such as `(1, "1..128")`; memory is planned for its largest. Of a
+            module the names are those of the parameters of `forward`.
         options: `plan`, `patterns` and `exclude` as for `torch.compile`.
         threads: most that a call uses, where the package is built with OpenMP.
         ram: bytes that the package may take at run time, also as "512K" or "4M".
@@ -85,42 +88,53 @@ def export(
     arm = ArmTarget(cpu(cpu_name))
     level = arm.cpu.level if target == "arm" else host_level()
     parsed = Options.parse(options)
-    loaded, title = _load(model, inputs)
-    sizes = infer(loaded, shapes).inputs
-    found = find_sites(loaded, sizes, arm, parsed)
-    report = _report(found, arm, threads)
-    packed = pack_sites(found, arm, level, threads)
-    replace_sites(loaded, [item for item, _ in packed])
-    sites = [site for _, site in packed]
+    loaded, title = _load(model, inputs, shapes or {})
+    largest, ranges = parse_shapes(loaded, shapes or {})
+    sizes = infer(loaded, largest).inputs
+    found = find_sites(loaded, sizes, arm, parsed, threads)
+    ours = [item for item in found if item.computed]
+    replace_sites(loaded, ours)
 
-    def shape_of(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return output_shape(packed[index][0].site, shape)
+    def shape_of(index: int, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+        return output_shape(ours[index].site, shape)
 
-    program = lower(ir.to_proto(loaded), sizes, shape_of, level.tvm_target, title)
+    ranged = {name: [ranges.get((name, i), size) for i, size in enumerate(shape)] for name, shape in sizes.items()}
+    program = lower(ir.to_proto(loaded), ranged, shape_of, level.tvm_target, title)
+    shape_of_x = {step.site: step.shape for step in program.steps if step.site is not None}
+    sites = pack_sites(ours, [shape_of_x[index] for index in range(len(ours))], arm, level, threads)
     labelled(program, sites)
-    objects = _objects(sources_of([site.call for site in sites]))
+    report = _report(found, arm, threads)
+    objects = _objects(sources_of(call for site in sites for _, call in site.calls))
     made = package(program, sites, objects, threads, title, level.name)
     _check_fits(made.sizes, *limits)
     made.files["plan.json"] = report.plan.to_json().encode()
     _write(made.files, Path(output))
+    for item, site in zip(ours, sites, strict=True):
+        if tokens := dense_up_to(item, site):
+            report.notes.append(f"{site.name}: dense where it gets at most {tokens} tokens")
     report.notes.append(f"{made.sizes.ram} bytes of RAM, {made.sizes.flash} bytes of weights and kernels")
     return report
 
 
-def _load(model: Source, inputs: Sequence[Any] | None) -> tuple[ir.Model, str]:
-    """The model as ONNX, and what it is called."""
+def _load(
+    model: Source, inputs: Sequence[Any] | None, shapes: Mapping[str, Sequence[int | str]]
+) -> tuple[ir.Model, str]:
+    """The model as ONNX, and what it is called; a module is exported so that sizes given as ranges may change."""
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
         if path.suffix != ".pt2":
             return load(path), path.name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file; give the path of a program of torch.export")
-        return _from_torch(_load_program(path), None), path.name
+        return _from_torch(_load_program(path)), path.name
     if isinstance(model, (onnx.ModelProto, ir.Model)):
         return load(model), "the model"
-    if isinstance(model, nn.Module) and inputs is None:
+    if not isinstance(model, nn.Module):
+        return _from_torch(model), type(model).__name__
+    if inputs is None:
         raise ValueError("a module is exported with example inputs: sparsecomp.export(model, inputs, output=...)")
-    return _from_torch(model, inputs), type(model).__name__
+    changing = dynamic_shapes(model, len(inputs), shapes)
+    return _from_torch(model, tuple(inputs), dynamic_shapes=changing), type(model).__name__
 
 
 def _load_program(path: Path) -> torch.export.ExportedProgram:
@@ -138,10 +152,12 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
             os.environ[_WEIGHTS_ONLY] = before
 
 
-def _from_torch(model: nn.Module | torch.export.ExportedProgram, inputs: Sequence[Any] | None) -> ir.Model:
+def _from_torch(
+    model: nn.Module | torch.export.ExportedProgram, inputs: tuple[Any, ...] = (), dynamic_shapes: Any = None
+) -> ir.Model:
     """A module or an exported program as ONNX, by PyTorch's exporter."""
     with torch.no_grad():
-        made = torch.onnx.export(model, tuple(inputs) if inputs is not None else (), dynamo=True, verbose=False)
+        made = torch.onnx.export(model, inputs, dynamo=True, verbose=False, dynamic_shapes=dynamic_shapes)
     if made is None:
         raise ValueError(f"PyTorch's ONNX exporter gave nothing for {type(model).__name__}")
     return load(made.model_proto)

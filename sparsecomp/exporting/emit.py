@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsecomp.exporting.program import ALIGNMENT, Operand, Program, SiteStep, Tensor
-from sparsecomp.targets.arm.kernels import Call
+from sparsecomp.exporting.program import ALIGNMENT, Count, Operand, Program, SiteStep, Step, Tensor, product
+from sparsecomp.targets.arm.kernels import Call, SiteCall, sources_of
 
 MAGIC = b"SPARSECW"
 _HEADER = 64
@@ -111,7 +111,7 @@ def package(
         files[f"kernels/{name}.o"] = code
         files[f"kernels/{name}.s"] = assembly.encode()
     kernels = sum(len(code) for code, _ in everything.values())
-    interface = sum(tensor.nbytes for tensor in (*program.inputs, *program.outputs))
+    interface = sum(tensor.nbytes.most for tensor in (*program.inputs, *program.outputs))
     sizes = Sizes(arena.total + interface, len(content) + kernels)
     files["weights.json"] = _json({"format": "see docs/arm.md", "bytes": len(content), "arrays": weights.entries})
     files["model.h"] = _header(program, arena, len(content), threads, title, sizes).encode()
@@ -141,8 +141,9 @@ class _Arena:
         for nbytes in program.buffers:
             offsets.append(at)
             at += _aligned(nbytes)
-        opened = max((4 * site.call.opened_floats for site in sites), default=0)
-        scratch = _aligned(max((4 * site.call.call.scratch_floats for site in sites), default=0))
+        calls = [call for site in sites for _, call in site.calls]
+        opened = max((4 * call.opened_floats for call in calls), default=0)
+        scratch = _aligned(max((4 * call.call.scratch_floats for call in calls), default=0))
         start = at + _aligned(opened)
         return cls(tuple(offsets), at, start, scratch, start + threads * scratch)
 
@@ -155,11 +156,12 @@ def _aligned(nbytes: int) -> int:
 
 
 def _steps(program: Program, sites: Sequence[SiteStep], weights: _Weights, arena: _Arena) -> list[str]:
-    """The cases of the switch, and before them the sizes that kernels read."""
+    """The cases of the switch."""
     constants = [weights.add(f"constant_{index}", array) for index, array in enumerate(program.constants)]
-    packed: dict[int, int] = {}
 
     def pointer(operand: Operand) -> str:
+        if operand.count is not None:
+            return operand.count.text
         if operand.kind == "constant":
             return f"W({constants[operand.index]})"
         if operand.kind == "buffer":
@@ -169,48 +171,67 @@ def _steps(program: Program, sites: Sequence[SiteStep], weights: _Weights, arena
     lines = []
     for number, step in enumerate(program.steps):
         operands = [pointer(operand) for operand in step.operands]
-        lines.append(f"    case {number}: /* {_comment(step.label)} */")
+        lines.append(f"    case {number}: {{ /* {_comment(step.label)} */")
         if step.site is not None:
-            site = sites[step.site]
-            bias = packed.setdefault(step.site, weights.add(f"{site.name}.bias", site.bias))
-            x, residual, y = operands[0], operands[1] if len(operands) == 3 else "NULL", operands[-1]
-            if site.call.opening is not None:
-                opened, stem = f"B({arena.opened})", f"{site.name}.open"
-                lines.append(_launch(f"{step.site}_open", site.call.opening, x, "NULL", "NULL", opened, weights, stem))
-                x = opened
-            lines.append(_launch(str(step.site), site.call.call, x, f"W({bias})", residual, y, weights, site.name))
+            lines += _site(sites[step.site], step, operands, weights, arena)
         elif step.function:
             lines.append(f"      {step.function}({', '.join(operands)});")
         else:
-            lines.append(f"      memcpy({operands[1]}, {operands[0]}, {step.nbytes});")
-        lines.append("      break;")
+            lines.append(f"      memcpy({operands[1]}, {operands[0]}, {_bytes(step.shape[0])});")
+        lines += ["      break;", "    }"]
     return lines
 
 
-def _launch(number: str, call: Call, x: str, bias: str, residual: str, y: str, weights: _Weights, stem: str) -> str:
+def _site(site: SiteStep, step: Step, operands: list[str], weights: _Weights, arena: _Arena) -> list[str]:
+    """The calls of a site, of which the sizes of the run choose one."""
+    bias = f"W({weights.add(f'{site.name}.bias', site.bias)})"
+    x, residual, y = operands[0], operands[1] if len(operands) == 3 else "NULL", operands[-1]
+
+    def launches(call: SiteCall, count: str) -> list[str]:
+        lines, source = [], x
+        if call.opening is not None:
+            source = f"B({arena.opened})"
+            lines = _launch("opening", call.opening, [x, "NULL", "NULL", source], weights, f"{site.name}.open", count)
+        return lines + _launch("dims", call.call, [source, bias, residual, y], weights, site.name, count)
+
+    counted = product(step.shape[:-1]) if site.calls[0][1].call.step else step.shape[0]
+    if counted.fixed:
+        return ["      " + line for line in launches(site.calls[0][1], "")]
+    lines = [f"      const int32_t count = (int32_t)({counted.text});"]
+    for place, (most, call) in enumerate(site.calls):
+        condition = f"if (count <= {most}) " if most < counted.most else ""
+        lines.append(f"      {'} else ' if place else ''}{condition}{{")
+        lines += ["        " + line for line in launches(call, "count")]
+    return [*lines, "      }"]
+
+
+def _launch(dims: str, call: Call, operands: list[str], weights: _Weights, stem: str, count: str) -> list[str]:
+    """Sizes and the call; with `count` the C name of the tokens that it is for, instead of a number."""
     arrays = [f"W({weights.add(f'{stem}.w{place}', array)})" for place, array in enumerate(call.arrays)]
     arrays += ["NULL"] * (4 - len(arrays))
-    values = ", ".join([x, bias, residual, y, *arrays])
-    return f"      launch(m, {call.source.name}, {values}, DIMS_{number}, {call.items});"
+    numbers, items, kind = list(map(str, call.dims)), str(call.items), "static const"
+    if count and call.step:
+        each = call.items // -(-call.dims[0] // call.step)
+        items = count if call.step == 1 else f"({count} + {call.step - 1}) / {call.step}"
+        items += f" * {each}" if each > 1 else ""
+        numbers[0], kind = count, "const"
+    return [
+        f"{kind} int32_t {dims}[] = {{{', '.join(numbers)}}};",
+        f"launch(m, {call.source.name}, {', '.join([*operands, *arrays])}, {dims}, {items});",
+    ]
 
 
-def _dims(sites: Sequence[SiteStep]) -> list[str]:
-    lines = []
-    for number, site in enumerate(sites):
-        for suffix, call in (("_open", site.call.opening), ("", site.call.call)):
-            if call is not None:
-                numbers = ", ".join(map(str, call.dims))
-                lines.append(f"static const int32_t DIMS_{number}{suffix}[] = {{{numbers}}};")
-    return lines
+def _bytes(count: Count) -> str:
+    return count.text if count.fixed else f"(size_t)({count.text})"
 
 
 def _source(program: Program, sites: Sequence[SiteStep], body: list[str], number: int, cpu: str) -> str:
-    kernels = dict.fromkeys(
-        call.source.name for site in sites for call in (site.call.opening, site.call.call) if call is not None
-    )
-    functions = {step.function: len(step.operands) for step in program.steps if step.function}
+    kernels = [source.name for source in sources_of(call for site in sites for _, call in site.calls)]
+    functions = {step.function: step.operands for step in program.steps if step.function}
     declarations = [f"extern kernel_function {name};" for name in kernels]
-    declarations += [f"extern void {name}({', '.join(['void *'] * count)});" for name, count in functions.items()]
+    for name, operands in functions.items():
+        types = ("void *" if operand.count is None else "int64_t" for operand in operands)
+        declarations.append(f"extern void {name}({', '.join(types)});")
     labels, predicted, names = [], [], []
     for step in program.steps:
         site = None if step.site is None else sites[step.site]
@@ -223,22 +244,29 @@ def _source(program: Program, sites: Sequence[SiteStep], body: list[str], number
         .replace("@ID@", f"UINT64_C({number})")
         .replace("@CPU@", _string(cpu))
         .replace("@DECLARATIONS@", "\n".join(declarations))
-        .replace("@DIMS@", "\n".join(_dims(sites)))
         .replace("@LABELS@", "\n".join(labels))
         .replace("@KERNELS@", "\n".join(names))
         .replace("@PREDICTED@", ", ".join(predicted))
-        .replace("@INPUT_BYTES@", ", ".join(str(tensor.nbytes) for tensor in program.inputs))
-        .replace("@OUTPUT_BYTES@", ", ".join(str(tensor.nbytes) for tensor in program.outputs))
+        .replace("@INPUT_BYTES@", _byte_cases(program.inputs))
+        .replace("@OUTPUT_BYTES@", _byte_cases(program.outputs))
+        .replace("@SIZE_NAMES@", "".join(f"{_string(size.name)}, " for size in program.sizes))
+        .replace("@SIZE_LEAST@", "".join(f"{size.least}, " for size in program.sizes))
+        .replace("@SIZE_MOST@", "".join(f"{size.most}, " for size in program.sizes))
         .replace("@OUTPUT_FLOATS@", ", ".join(str(int(t.dtype == np.float32)) for t in program.outputs))
         .replace("@PARAMETERS@", _parameters(program))
-        .replace("@CAST_INPUTS@", ", ".join(f"(void *)(uintptr_t){name}" for name in _identifiers(program)[0]))
-        .replace("@OUTPUTS@", ", ".join(_identifiers(program)[1]))
+        .replace("@SIZES@", "".join(f"{name}, " for name in _identifiers(program)[0]))
+        .replace("@CAST_INPUTS@", ", ".join(f"(void *)(uintptr_t){name}" for name in _identifiers(program)[1]))
+        .replace("@OUTPUTS@", ", ".join(_identifiers(program)[2]))
         .replace("@STEPS@", "\n".join(body))
     )
 
 
-def _identifiers(program: Program) -> tuple[list[str], list[str]]:
-    """Names of the parameters of `model_run`."""
+def _byte_cases(tensors: Sequence[Tensor]) -> str:
+    return "\n".join(f"    case {place}: return {_bytes(tensor.nbytes)};" for place, tensor in enumerate(tensors))
+
+
+def _identifiers(program: Program) -> tuple[list[str], list[str], list[str]]:
+    """Names of the parameters of `model_run`: sizes, inputs and outputs."""
     used: set[str] = set()
 
     def unique(kind: str, name: str) -> str:
@@ -251,13 +279,15 @@ def _identifiers(program: Program) -> tuple[list[str], list[str]]:
         used.add(chosen)
         return chosen
 
+    sizes = [unique("size", size.name) for size in program.sizes]
     inputs = [unique("in", tensor.name) for tensor in program.inputs]
-    return inputs, [unique("out", tensor.name) for tensor in program.outputs]
+    return sizes, inputs, [unique("out", tensor.name) for tensor in program.outputs]
 
 
 def _parameters(program: Program) -> str:
-    inputs, outputs = _identifiers(program)
-    parts = [f"const {_c_type(t)} *{name}" for name, t in zip(inputs, program.inputs, strict=True)]
+    sizes, inputs, outputs = _identifiers(program)
+    parts = [f"int32_t {name}" for name in sizes]
+    parts += [f"const {_c_type(t)} *{name}" for name, t in zip(inputs, program.inputs, strict=True)]
     parts += [f"{_c_type(t)} *{name}" for name, t in zip(outputs, program.outputs, strict=True)]
     return ", ".join(["const struct model *m", *parts])
 
@@ -281,12 +311,16 @@ def _string(text: str) -> str:
 
 
 def _header(program: Program, arena: _Arena, weights: int, threads: int, title: str, sizes: Sizes) -> str:
-    inputs, outputs = _identifiers(program)
-    lines = []
+    names_of_sizes, inputs, outputs = _identifiers(program)
+    lines = [
+        f" *   {name}: {size.least} to {size.most}, the model's {_comment(size.name)}"
+        for name, size in zip(names_of_sizes, program.sizes, strict=True)
+    ]
     for names, tensors in ((inputs, program.inputs), (outputs, program.outputs)):
         for name, tensor in zip(names, tensors, strict=True):
-            shape = " x ".join(map(str, tensor.shape)) or "scalar"
-            size = f"{tensor.dtype} [{shape}], {tensor.nbytes} bytes"
+            shape = " x ".join(_readable(count, names_of_sizes) for count in tensor.shape) or "scalar"
+            most = "" if tensor.nbytes.fixed else "at most "
+            size = f"{tensor.dtype} [{shape}], {most}{tensor.nbytes.most} bytes"
             lines.append(f" *   {name}: {size}, the model's {_comment(tensor.name)}")
     template = resources.files(__package__).joinpath("model.h.in").read_text()
     return (
@@ -298,12 +332,18 @@ def _header(program: Program, arena: _Arena, weights: int, threads: int, title: 
         .replace("@SCRATCH_BYTES@", f"{arena.scratch_bytes}")
         .replace("@THREADS@", str(threads))
         .replace("@STEPS@", str(len(program.steps)))
+        .replace("@SIZE_COUNT@", str(len(program.sizes)))
         .replace("@INPUT_COUNT@", str(len(program.inputs)))
         .replace("@OUTPUT_COUNT@", str(len(program.outputs)))
         .replace("@PARAMETERS@", _parameters(program))
         .replace("@RAM@", str(sizes.ram))
         .replace("@FLASH@", str(sizes.flash))
     )
+
+
+def _readable(count: Count, sizes: Sequence[str]) -> str:
+    """A count with the names of the sizes."""
+    return re.sub(r"sizes\[(\d+)\]", lambda found: sizes[int(found[1])], count.text)
 
 
 def _cmake(objects: Sequence[str]) -> str:

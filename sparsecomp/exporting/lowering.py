@@ -13,22 +13,22 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from sparsecomp.exporting.program import Operand, Program, Step, Tensor
+from sparsecomp.exporting.program import Operand, Program, Size, Step, Tensor, product
 from sparsecomp.exporting.schedules import scheduled
+from sparsecomp.exporting.symbols import Symbols, bind_range
 
 SITE_OP = "SparsecompSite"
 """Operation that stands for a site in the graph that is given; its attribute `index` is its number."""
 _SMALL = 256
 """Bytes of an array that may lie on the stack."""
 
-OutputShape = Callable[[int, tuple[int, ...]], tuple[int, ...]]
+OutputShape = Callable[[int, tuple[Any, ...]], tuple[Any, ...]]
 
 
 class UnsupportedError(ValueError):
@@ -37,7 +37,7 @@ class UnsupportedError(ValueError):
 
 def lower(
     model: onnx.ModelProto,
-    shapes: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Sequence[int | Size]],
     output_shape: OutputShape,
     target: Mapping[str, Any],
     source: str,
@@ -47,7 +47,8 @@ def lower(
     Args:
         model: its sites are operations `SITE_OP` of float32.
         shapes: of all inputs.
-        output_shape: gives the shape of a site's output for its number and the shape of its x.
+        output_shape: gives the shape of a site's output for its number and the shape of its x, whose dimensions are
+            numbers or what TVM computes with.
         target: of TVM.
         source: name of the file, for messages.
 
@@ -59,10 +60,15 @@ def lower(
     """
     import tvm
 
-    module = _import(model, shapes, output_shape, source)
-    module, main = _plan(tvm, module)
-    program = Program(_inputs(model, shapes), [])
-    _Reader(tvm, program).read(main)
+    sizes = tuple(dict.fromkeys(size for shape in shapes.values() for size in shape if isinstance(size, Size)))
+    symbols = Symbols(sizes)
+    module = _import(model, shapes, output_shape, source, symbols)
+    module, main = _plan(tvm, module, symbols)
+    program = Program(_inputs(model, shapes, symbols), [], sizes)
+    try:
+        _Reader(tvm, program, module, symbols).read(main)
+    except ValueError as error:
+        raise UnsupportedError(f"{source} cannot be exported: {error}") from error
     program.outputs = [replace(t, name=v.name) for t, v in zip(program.outputs, model.graph.output, strict=True)]
     _compile(tvm, program, module, target)
     return program
@@ -71,7 +77,13 @@ def lower(
 # -- from ONNX to a planned graph -------------------------------------------------------------------------------------
 
 
-def _import(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], output_shape: OutputShape, source: str) -> Any:
+def _import(
+    model: onnx.ModelProto,
+    shapes: Mapping[str, Sequence[int | Size]],
+    output_shape: OutputShape,
+    source: str,
+    symbols: Symbols,
+) -> Any:
     from tvm import relax
     from tvm.relax.frontend.onnx import onnx_frontend
 
@@ -101,11 +113,12 @@ def _import(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], output_
                 return super()._convert_operator(op_name, inputs, attrs, opset)
             index = attrs["index"]
             given = [self.bb.normalize(value) for value in list(inputs)]
-            shape = tuple(int(size) for size in given[0].ty.shape)
+            shape = tuple(_number(size) for size in given[0].ty.shape)
             out = relax.TensorType(output_shape(index, shape), "float32")
             return self.bb.emit(relax.call_dps_packed(f"site_{index}", given, out_ty=out))
 
-    importer = Importer({name: list(sizes) for name, sizes in shapes.items()}, "float32", sanitize=False)
+    dimensions = {name: [symbols.dimension(size) for size in sizes] for name, sizes in shapes.items()}
+    importer = Importer(dimensions, "float32", sanitize=False)
     importer.node_at_work = None
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     try:
@@ -123,8 +136,14 @@ def _named(node: onnx.NodeProto) -> str:
     return repr(node.name or f"that gives {', '.join(node.output)}")
 
 
-def _plan(tvm: Any, module: Any) -> tuple[Any, Any]:
+def _number(size: Any) -> Any:
+    """A dimension as a number, if it is one."""
+    return int(size.value) if hasattr(size, "value") else size
+
+
+def _plan(tvm: Any, module: Any, symbols: Symbols) -> tuple[Any, Any]:
     step = tvm.relax.transform
+    module["main"] = module["main"].with_attr("tir_var_upper_bound", symbols.upper_bounds)
     passes = [
         step.DecomposeOpsForInference(),
         step.LegalizeOps(),
@@ -145,12 +164,12 @@ def _plan(tvm: Any, module: Any) -> tuple[Any, Any]:
     return module, module["main"]
 
 
-def _inputs(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> list[Tensor]:
+def _inputs(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int | Size]], symbols: Symbols) -> list[Tensor]:
     constants = {tensor.name for tensor in model.graph.initializer}
     return [
         Tensor(
             value.name,
-            tuple(shapes[value.name]),
+            tuple(symbols.count(symbols.dimension(size)) for size in shapes[value.name]),
             np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
         )
         for value in model.graph.input
@@ -161,9 +180,9 @@ def _inputs(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> list
 class _Reader:
     """Reads the bindings of the planned `main` into steps."""
 
-    def __init__(self, tvm: Any, program: Program) -> None:
-        self._relax, self._program = tvm.relax, program
-        self._constant_type = tvm.ir.expr.GenericConst
+    def __init__(self, tvm: Any, program: Program, module: Any, symbols: Symbols) -> None:
+        self._relax, self._program, self._module, self._symbols = tvm.relax, program, module, symbols
+        self._constant_type, self._number_type = tvm.ir.expr.GenericConst, tvm.ir.PrimType
         self._values: dict[Any, Any] = {}
         self._constants: dict[Any, Operand] = {}
         self._own: set[Operand] = set()  # buffers that hold one value alone: those of outputs
@@ -188,6 +207,8 @@ class _Reader:
             return tuple(self._value(field) for field in expression.fields)
         if isinstance(expression, relax.TupleGetItem):
             return self._value(expression.tuple_value)[int(expression.index)]
+        if isinstance(expression.ty, self._number_type):
+            return Operand("number", 0, self._symbols.count(expression))
         return self._values[expression]
 
     def _constant(self, constant: Any) -> Operand:
@@ -202,12 +223,12 @@ class _Reader:
             return self._value(value)
         name = value.op.name if hasattr(value.op, "name") else ""
         if name == "relax.memory.alloc_storage":
-            return self._buffer(int(value.args[0].values[0]))
+            return self._buffer(self._symbols.count(value.args[0].values[0]).most)
         if name == "relax.memory.alloc_tensor":
             return self._values[value.args[0]]
         if name == "relax.builtin.alloc_tensor":
-            shape = [int(size) for size in value.args[0].values]
-            found = self._buffer(prod(shape) * np.dtype(value.args[1].value).itemsize)
+            shape = [self._symbols.count(size) for size in value.args[0].values]
+            found = self._buffer(product(shape).most * np.dtype(value.args[1].value).itemsize)
             self._own.add(found)
             return found
         if name in ("relax.reshape", "relax.memory.view"):
@@ -219,13 +240,23 @@ class _Reader:
         if isinstance(value.op, relax.ExternFunc):
             symbol = str(value.op.global_symbol)
             step = Step("", "", tuple(operands), site=int(symbol.removeprefix("site_")))
+            step = replace(step, shape=tuple(self._symbols.count(size) for size in value.args[0].ty.shape))
         elif hasattr(value.op, "name_hint"):
             symbol = str(value.op.name_hint)
+            operands += self._dimensions(self._module[value.op], value.args)
             step = Step(symbol, f"op_{symbol}", tuple(operands))
         else:
             raise UnsupportedError(f"{name} cannot be computed ahead of time, so that the model cannot be exported")
         self._program.steps.append(step)
         return ()
+
+    def _dimensions(self, function: Any, arguments: Sequence[Any]) -> list[Operand]:
+        """The sizes that a function reads off the shapes of its arguments: they become parameters of it."""
+        found = []
+        for _, place, axis in _size_variables(function):
+            count = self._symbols.count(arguments[place].ty.shape[axis])
+            found.append(Operand("number", 0, count))
+        return found
 
     def _buffer(self, nbytes: int) -> Operand:
         self._program.buffers.append(nbytes)
@@ -236,18 +267,30 @@ class _Reader:
         program = self._program
         moved: dict[Operand, Operand] = {}
         for index, (value, kind) in enumerate(zip(outputs, types, strict=True)):
-            tensor = Tensor("", tuple(int(size) for size in kind.shape), np.dtype(str(kind.dtype)))
+            shape = tuple(self._symbols.count(size) for size in kind.shape)
+            tensor = Tensor("", shape, np.dtype(str(kind.dtype)))
             program.outputs.append(tensor)
             output = Operand("output", index)
             if value in self._own and value not in moved:
                 moved[value] = output
                 program.buffers[value.index] = 0
             else:
-                program.steps.append(Step(f"copy to output {index}", "", (value, output), nbytes=tensor.nbytes))
+                program.steps.append(Step(f"copy to output {index}", "", (value, output), shape=(tensor.nbytes,)))
         program.steps = [
             replace(step, operands=tuple(moved.get(operand, operand) for operand in step.operands))
             for step in program.steps
         ]
+
+
+def _size_variables(function: Any) -> list[tuple[Any, int, int]]:
+    """The variables in the shapes of a function's buffers: each with a parameter and an axis that it is the size of."""
+    given = [parameter for parameter in function.params if not hasattr(parameter.ty, "shape")]
+    found: list[tuple[Any, int, int]] = []
+    for place, parameter in enumerate(function.params):
+        for axis, size in enumerate(getattr(parameter.ty, "shape", ())):
+            if type(size).__name__ == "Var" and not any(size.same_as(v) for v in (*given, *(v for v, _, _ in found))):
+                found.append((size, place, axis))
+    return found
 
 
 # -- from TIR to objects ----------------------------------------------------------------------------------------------
@@ -267,7 +310,9 @@ def _compile(tvm: Any, program: Program, module: Any, target: Mapping[str, Any])
     lowered = _lower_functions(tvm, tvm.IRModule(functions), host)
     plain, scratch = {}, {}
     for variable, function in lowered.functions_items():
-        plain[f"op_{variable.name_hint}"], scratch[variable.name_hint] = _with_pointers(tvm, function)
+        name = variable.name_hint
+        calls = [step.operands for step in program.steps if step.function and step.label == name]
+        plain[f"op_{name}"], scratch[name] = _with_pointers(tvm, function, calls)
     built = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in plain.items()})
     built = tirx.transform.LowerIntrin()(tirx.transform.BindTarget(host)(built))
     compiled = tvm.get_global_func("target.build.llvm")(built, host)
@@ -310,14 +355,28 @@ def _lower_functions(tvm: Any, module: Any, host: Any) -> Any:
     return module
 
 
-def _with_pointers(tvm: Any, function: Any) -> tuple[Any, list[int]]:
-    """The function with bare pointers for its buffers and its large arrays, and the bytes of the latter."""
+def _with_pointers(tvm: Any, function: Any, calls: Sequence[Sequence[Operand]]) -> tuple[Any, list[int]]:
+    """The function with bare pointers for its buffers and its large arrays, and the most bytes of the latter.
+
+    Its parameters are its buffers and numbers, the sizes that it read off the buffers' shapes, and the arrays.
+    """
     from tvm import tirx
+    from tvm.sym import Analyzer
+
+    analyzer = Analyzer()
+    numbers = [variable for variable, _, _ in _size_variables(function)]
+    for place, variable in enumerate([*function.params, *numbers]):
+        counts = [count for operands in calls if (count := operands[place].count) is not None]
+        if counts:
+            bind_range(analyzer, variable, min(c.least for c in counts), max(c.most for c in counts))
 
     def pointer(buffer: Any, name: str) -> Any:
         return tirx.Var(name, tvm.ir.PointerType(tvm.ir.PrimType(str(buffer.dtype))))
 
-    given = [pointer(parameter, parameter.name) for parameter in function.params]
+    given = [
+        pointer(parameter, parameter.name) if hasattr(parameter.ty, "shape") else parameter
+        for parameter in function.params
+    ]
     arrays: list[Any] = []
     sizes: list[int] = []
 
@@ -330,8 +389,10 @@ def _with_pointers(tvm: Any, function: Any) -> tuple[Any, list[int]]:
     def allocated(statement: Any) -> Any:
         buffer = statement.buffer
         scalar, _, lanes = str(buffer.dtype).partition("x")
-        nbytes = prod(int(size) for size in buffer.shape) * np.dtype(scalar).itemsize * int(lanes or 1)
-        if nbytes <= _SMALL:
+        nbytes = np.dtype(scalar).itemsize * int(lanes or 1)
+        for size in buffer.shape:
+            nbytes *= int(analyzer.const_int_bound(size).max_value)
+        if nbytes <= _SMALL and all(isinstance(_number(size), int) for size in buffer.shape):
             return statement
         arrays.append(pointer(buffer, f"array_{len(arrays)}"))
         sizes.append(nbytes)
@@ -350,12 +411,14 @@ def _with_pointers(tvm: Any, function: Any) -> tuple[Any, list[int]]:
             return tirx.IfThenElse(statement.condition, rewritten(statement.then_case), other)
         if isinstance(statement, tirx.AttrStmt):
             return tirx.AttrStmt(statement.node, statement.attr_key, statement.value, rewritten(statement.body))
+        if isinstance(statement, tirx.Bind):
+            analyzer.bind(statement.var, statement.value)
         if isinstance(statement, tirx.DeclBuffer):
             return declared(statement)
         return allocated(statement) if isinstance(statement, tirx.AllocBuffer) else statement
 
     body = rewritten(function.body)
-    made = tirx.PrimFunc([*given, *arrays], body, function.ret_type)
+    made = tirx.PrimFunc([*given, *numbers, *arrays], body, function.ret_type)
     return made.with_attr("tirx.noalias", True), sizes
 
 

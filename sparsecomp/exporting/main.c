@@ -1,10 +1,11 @@
 /* Runs, times and checks a model.
  *
- *   model_main WEIGHTS INPUT [--expect FILE] [--output FILE] [--rounds N] [--results FILE]
+ *   model_main WEIGHTS INPUT [--sizes N,N..] [--expect FILE] [--output FILE] [--rounds N] [--results FILE]
  *
- * WEIGHTS is weights.bin, INPUT the inputs one after the other as they lie in memory. --expect compares the outputs with
+ * WEIGHTS is weights.bin, INPUT the inputs one after the other as they lie in memory. --sizes gives the sizes that change
+ * from run to run, in the order of model.h; without it they are the largest. --expect compares the outputs with
  * a file of the same form and ends with status 2 where a float32 output is further off than 1e-4 of its largest value.
- * --results writes what each step took, for `sparsecomp calibrate --from`.
+ * --results writes what each step took at the largest sizes, for `sparsecomp calibrate --from`.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <math.h>
@@ -68,8 +69,8 @@ static void write_string(FILE *file, const char *text) {
   fputc('"', file);
 }
 
-static void write_results(const char *path, const struct model *m, void *const *inputs, void *const *outputs,
-                          int rounds) {
+static void write_results(const char *path, const struct model *m, const int32_t *sizes, void *const *inputs,
+                          void *const *outputs, int rounds) {
   static double best[MODEL_STEPS + 1];
   FILE *file = fopen(path, "w");
   if (!file) {
@@ -80,7 +81,7 @@ static void write_results(const char *path, const struct model *m, void *const *
   for (int round = 0; round < rounds; round++)
     for (int step = 0; step < MODEL_STEPS; step++) {
       double start = now_us();
-      model_step(m, inputs, outputs, step);
+      model_step(m, sizes, inputs, outputs, step);
       double taken = now_us() - start;
       if (taken < best[step]) best[step] = taken;
     }
@@ -102,23 +103,48 @@ static void write_results(const char *path, const struct model *m, void *const *
   }
 }
 
+/* Reads "N,N.." for as many sizes as the model has, each within its bounds. */
+static void read_sizes(const char *text, int32_t *sizes) {
+  for (int i = 0; i < MODEL_SIZES; i++) {
+    char *end = NULL;
+    long size = strtol(text, &end, 10);
+    if (end == text || *end != (i + 1 < MODEL_SIZES ? ',' : 0) || size < model_size_least[i] ||
+        size > model_size_most[i]) {
+      fprintf(stderr, "error: --sizes at \"%s\": expected %s, from %ld to %ld; the model has %d sizes, with commas between\n",
+              text, model_size_names[i], (long)model_size_least[i], (long)model_size_most[i], MODEL_SIZES);
+      exit(1);
+    }
+    sizes[i] = (int32_t)size;
+    text = end + 1;
+  }
+}
+
 static int usage(const char *name) {
-  fprintf(stderr, "usage: %s WEIGHTS INPUT [--expect FILE] [--output FILE] [--rounds N] [--results FILE]\n", name);
+  fprintf(stderr,
+          "usage: %s WEIGHTS INPUT [--sizes N,N..] [--expect FILE] [--output FILE] [--rounds N] [--results FILE]\n",
+          name);
   return 1;
 }
 
 int main(int argc, char **argv) {
   const char *expect = NULL, *output = NULL, *results = NULL;
   int rounds = 5, status = 0;
+  int32_t sizes[MODEL_SIZES + 1] = {0};
+  memcpy(sizes, model_size_most, sizeof sizes);
   if (argc < 3 || argc % 2 == 0) return usage(argv[0]);
   for (int i = 3; i < argc; i += 2) {
     if (!strcmp(argv[i], "--expect")) expect = argv[i + 1];
     else if (!strcmp(argv[i], "--output")) output = argv[i + 1];
     else if (!strcmp(argv[i], "--results")) results = argv[i + 1];
     else if (!strcmp(argv[i], "--rounds")) rounds = atoi(argv[i + 1]);
+    else if (MODEL_SIZES > 0 && !strcmp(argv[i], "--sizes")) read_sizes(argv[i + 1], sizes);
     else return usage(argv[0]);
   }
   if (rounds < 1) return usage(argv[0]);
+  if (results && memcmp(sizes, model_size_most, sizeof sizes)) {
+    fprintf(stderr, "error: --results is for the largest sizes, since the predictions are: leave --sizes away\n");
+    return 1;
+  }
 
   struct model m;
   unsigned char *weights = read_file(argv[1], MODEL_WEIGHTS_BYTES), *arena = reserve(MODEL_ARENA_BYTES);
@@ -129,20 +155,22 @@ int main(int argc, char **argv) {
   }
 
   size_t input_bytes = 0, output_bytes = 0;
-  for (int i = 0; i < MODEL_INPUTS; i++) input_bytes += model_input_bytes[i];
-  for (int i = 0; i < MODEL_OUTPUTS; i++) output_bytes += model_output_bytes[i];
+  for (int i = 0; i < MODEL_INPUTS; i++) input_bytes += model_input_bytes(i, sizes);
+  for (int i = 0; i < MODEL_OUTPUTS; i++) output_bytes += model_output_bytes(i, sizes);
   unsigned char *content = read_file(argv[2], input_bytes), *at = content;
   void *inputs[MODEL_INPUTS + 1], *outputs[MODEL_OUTPUTS + 1];
-  for (int i = 0; i < MODEL_INPUTS; at += model_input_bytes[i], i++) {
-    inputs[i] = reserve(model_input_bytes[i]);
-    memcpy(inputs[i], at, model_input_bytes[i]);
+  for (int i = 0; i < MODEL_INPUTS; i++) {
+    size_t bytes = model_input_bytes(i, sizes);
+    inputs[i] = reserve(bytes);
+    memcpy(inputs[i], at, bytes);
+    at += bytes;
   }
-  for (int i = 0; i < MODEL_OUTPUTS; i++) outputs[i] = reserve(model_output_bytes[i]);
+  for (int i = 0; i < MODEL_OUTPUTS; i++) outputs[i] = reserve(model_output_bytes(i, sizes));
 
   double best = 1e30, total = 0;
   for (int round = 0; round < rounds; round++) {
     double start = now_us();
-    for (int step = 0; step < MODEL_STEPS; step++) model_step(&m, inputs, outputs, step);
+    for (int step = 0; step < MODEL_STEPS; step++) model_step(&m, sizes, inputs, outputs, step);
     double taken = now_us() - start;
     total += taken;
     if (taken < best) best = taken;
@@ -153,7 +181,7 @@ int main(int argc, char **argv) {
     FILE *file = fopen(output, "wb");
     int written = file != NULL;
     for (int i = 0; written && i < MODEL_OUTPUTS; i++)
-      written = fwrite(outputs[i], 1, model_output_bytes[i], file) == model_output_bytes[i];
+      written = fwrite(outputs[i], 1, model_output_bytes(i, sizes), file) == model_output_bytes(i, sizes);
     if (file && fclose(file)) written = 0;
     if (!written) {
       fprintf(stderr, "error: %s cannot be written\n", output);
@@ -162,19 +190,21 @@ int main(int argc, char **argv) {
   }
   if (expect) {
     unsigned char *wanted = read_file(expect, output_bytes), *next = wanted;
-    for (int i = 0; i < MODEL_OUTPUTS; next += model_output_bytes[i], i++) {
-      void *own = reserve(model_output_bytes[i]);
-      memcpy(own, next, model_output_bytes[i]);
+    for (int i = 0; i < MODEL_OUTPUTS; i++) {
+      size_t bytes = model_output_bytes(i, sizes);
+      void *own = reserve(bytes);
+      memcpy(own, next, bytes);
+      next += bytes;
       double difference = model_output_is_float[i]
-                              ? largest_difference(outputs[i], own, model_output_bytes[i] / sizeof(float))
-                              : (double)(memcmp(outputs[i], own, model_output_bytes[i]) != 0);
+                              ? largest_difference(outputs[i], own, bytes / sizeof(float))
+                              : (double)(memcmp(outputs[i], own, bytes) != 0);
       printf("output %d: largest difference %.2e of the largest value\n", i, difference);
       if (!(difference <= 1e-4)) status = 2;
       free(own);
     }
     free(wanted);
   }
-  if (results) write_results(results, &m, inputs, outputs, rounds);
+  if (results) write_results(results, &m, sizes, inputs, outputs, rounds);
   for (int i = 0; i < MODEL_INPUTS; i++) free(inputs[i]);
   for (int i = 0; i < MODEL_OUTPUTS; i++) free(outputs[i]);
   free(content);

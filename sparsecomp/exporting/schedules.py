@@ -10,6 +10,7 @@ from typing import Any
 _ROWS = (4, 3, 2, 1)
 _COLUMNS = (16, 12, 8, 4)
 """Sizes of the register tile, of which the first that divides is taken: 4 x 16 values are 16 vectors."""
+_PARTITION = "pragma_loop_partition_hint"
 
 
 def scheduled(tvm: Any, function: Any) -> Any:
@@ -75,17 +76,20 @@ def _is_matmul(tvm: Any, schedule: Any, block: Any) -> bool:
 def _tile(tvm: Any, schedule: Any, block: Any) -> None:
     """Keep a tile of sums in registers over the whole of k; what follows, or a copy, stores it."""
     *outer, i, j, k = schedule.get_loops(block)
-    rows, columns = (int(schedule.get(loop).extent) for loop in (i, j))
-    width = next((size for size in _COLUMNS if columns % size == 0), None)
-    if width is None:
+    rows_open, columns_open = (not hasattr(schedule.get(loop).extent, "value") for loop in (i, j))
+    height, width = (_tile_size(schedule, *pair) for pair in ((i, _ROWS), (j, _COLUMNS)))
+    if width is None or height is None:
         return
-    height = next(size for size in _ROWS if rows % size == 0)
     readers = schedule.get_consumers(block)
     fused = len(readers) == 1 and _is_spatial(tvm, schedule, readers[0])
     last = readers[0] if fused else schedule.cache_write(block, 0, "global")
     i_outer, i_inner = schedule.split(i, [None, height])
     j_outer, j_inner = schedule.split(j, [None, width])
     schedule.reorder(*outer, i_outer, j_outer, k, i_inner, j_inner)
+    for loop, is_open in ((i_outer, rows_open), (j_outer, columns_open)):
+        if is_open:
+            # The last tile, of which only a part may be there, gets a loop of its own: the others need no condition.
+            schedule.annotate(loop, _PARTITION, 1)
     schedule.reverse_compute_at(last, j_outer)
     for each in (last, block):
         *_, row, column = schedule.get_loops(each)
@@ -95,3 +99,9 @@ def _tile(tvm: Any, schedule: Any, block: Any) -> None:
     if schedule.get(column).kind == tvm.tirx.ForKind.SERIAL:
         schedule.vectorize(column)
         schedule.unroll(row)
+
+
+def _tile_size(schedule: Any, loop: Any, sizes: tuple[int, ...]) -> int | None:
+    """The first size that divides a loop; the first of all if the loop's size is known at run time only."""
+    extent = schedule.get(loop).extent
+    return next((size for size in sizes if not hasattr(extent, "value") or int(extent) % size == 0), None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +14,7 @@ from onnx_ir.passes import common
 
 from sparsecomp.analysis import SiteChooser
 from sparsecomp.exporting.lowering import SITE_OP
-from sparsecomp.exporting.program import SiteStep
+from sparsecomp.exporting.program import Count, SiteStep, product
 from sparsecomp.frontends.onnx import Derived, Overlay, build
 from sparsecomp.frontends.onnx_norm import fold_norm
 from sparsecomp.frontends.onnx_shapes import infer
@@ -22,8 +24,12 @@ from sparsecomp.onnx_choice import found_sites, why_not_ours
 from sparsecomp.options import Options
 from sparsecomp.planner import SiteChoice, decline
 from sparsecomp.targets.arm.cpu import ArmLevel
-from sparsecomp.targets.arm.kernels import conv_call, linear_call
+from sparsecomp.targets.arm.kernels import Call, LinearWeight, SiteCall, conv_call
 from sparsecomp.targets.arm.target import ArmTarget
+from sparsecomp.targets.base import DENSE, Candidate, WeightFacts
+
+_MOST_IMAGES = 64
+"""Images up to which the calls of convolutions are cut for a range."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,18 @@ class FoundSite:
         site: as the passes left it.
         choice: what it becomes.
         computed: whether our kernels compute it, dense ones included; TVM computes what they do not take.
+        price: microseconds of a candidate with so many tokens; None where a plan or an option chose.
     """
 
     overlay: Overlay
     site: Site
     choice: SiteChoice
     computed: bool
+    price: Callable[[Candidate, int], float] | None = None
 
 
 def find_sites(
-    model: ir.Model, shapes: Mapping[str, Sequence[int]], target: ArmTarget, options: Options
+    model: ir.Model, shapes: Mapping[str, Sequence[int]], target: ArmTarget, options: Options, threads: int
 ) -> list[FoundSite]:
     """Find the sites of the main graph and choose what each becomes.
 
@@ -53,6 +61,7 @@ def find_sites(
         shapes: of all inputs.
         target: that they are chosen for.
         options: `plan`, `patterns` and `exclude` count.
+        threads: that a call may use.
     """
     found: list[FoundSite] = []
     for overlay, site, facts in found_sites(build(model, infer(model, shapes))[:1]):
@@ -64,8 +73,16 @@ def find_sites(
         if rule is not None:
             found.append(FoundSite(overlay, site, decline(site, f"excluded by {rule!r}", facts), True))
             continue
-        found.append(FoundSite(overlay, site, SiteChooser(site, target, options).choice(facts), True))
+        chooser = SiteChooser(site, target, options, threads=threads)
+        choice = chooser.choice(facts)
+        asked = None if options.plan is None else options.plan.site(site.name, site.tokens)
+        price = None if asked is not None else functools.partial(_price, chooser, facts, target)
+        found.append(FoundSite(overlay, site, choice, True, price))
     return found
+
+
+def _price(chooser: SiteChooser, facts: WeightFacts, target: ArmTarget, candidate: Candidate, tokens: int) -> float:
+    return target.predict(candidate, chooser.problem(facts, tokens))
 
 
 def _not_ours(overlay: Overlay, site: Site) -> str | None:
@@ -79,35 +96,80 @@ def _not_ours(overlay: Overlay, site: Site) -> str | None:
 
 
 def pack_sites(
-    found: Sequence[FoundSite], target: ArmTarget, level: ArmLevel, threads: int
-) -> list[tuple[FoundSite, SiteStep]]:
-    """Pack the weights of the sites that our kernels compute.
+    found: Sequence[FoundSite], shapes: Sequence[tuple[Count, ...]], target: ArmTarget, level: ArmLevel, threads: int
+) -> list[SiteStep]:
+    """Pack the weights of sites that our kernels compute, and cut their calls for all sizes that these may have.
+
+    Args:
+        found: the sites.
+        shapes: of the x of each.
+        target: that they were chosen for.
+        level: of the schedules.
+        threads: that a call may use.
 
     Raises:
         ValueError: a site is too large for the kernels.
     """
-    packed = []
-    for item in found:
-        if not item.computed:
-            continue
-        site, chosen = item.site, item.choice.chosen
-        bias = _bias(item)
-        if isinstance(site, LinearSite):
-            epilogue = Epilogue(site.activation, site.residual is not None)
-            weight = site.weight.t() if site.transposed else site.weight
-            call = linear_call(level, target.cpu.caches, chosen, weight, (site.tokens, threads), epilogue)
-            kernel, pattern = chosen.kernel, chosen.pattern
-        else:
-            assert site.window is not None
-            epilogue = Epilogue(site.activation, site.residual is not None, site.residual_first)
-            weight, _ = fold_norm(item.overlay, site)
-            call = conv_call(level, target.cpu.caches, weight, site.window, site.maps, threads, epilogue)
-            bias = np.concatenate([bias, np.ones_like(bias)])
-            kernel, pattern = call.call.source.name.partition("_")[0], chosen.pattern
-            kernel = "dense_conv" if kernel == "conv" and chosen.is_dense else kernel
-        us = next((p.us for p in item.choice.predictions if p.candidate == chosen), 0.0) / target.scale(kernel)
-        packed.append((item, SiteStep(site.name, kernel, pattern, call, bias, us)))
-    return packed
+    return [_packed(item, shape, target, level, threads) for item, shape in zip(found, shapes, strict=True)]
+
+
+def _packed(item: FoundSite, shape: tuple[Count, ...], target: ArmTarget, level: ArmLevel, threads: int) -> SiteStep:
+    site, chosen, bias = item.site, item.choice.chosen, _bias(item)
+    calls: list[tuple[int, SiteCall]] = []
+    if isinstance(site, LinearSite):
+        epilogue = Epilogue(site.activation, site.residual is not None)
+        matrix = site.weight.t() if site.transposed else site.weight
+        packed: dict[Candidate, LinearWeight] = {}
+        for most in range_ends(product(shape[:-1])):
+            best = _best(item, most)
+            if best not in packed:
+                packed[best] = LinearWeight.pack(level, target.cpu.caches, best, matrix)
+            call = packed[best].call(most, threads, epilogue)
+            if calls and _same_cut(calls[-1][1].call, call.call):
+                calls.pop()
+            calls.append((most, call))
+        kernel = chosen.kernel
+    else:
+        assert site.window is not None
+        epilogue = Epilogue(site.activation, site.residual is not None, site.residual_first)
+        weight, _ = fold_norm(item.overlay, site)
+        if shape[0].most > _MOST_IMAGES and not shape[0].fixed:
+            raise ValueError(
+                f"{site.name}: a call is cut for each number of images, so that a range may end at {_MOST_IMAGES} of "
+                f"them; given {shape[0].most}"
+            )
+        for images in range(shape[0].least, shape[0].most + 1):
+            maps = replace(site.maps, images=images)
+            calls.append((images, conv_call(level, target.cpu.caches, weight, site.window, maps, threads, epilogue)))
+        bias = np.concatenate([bias, np.ones_like(bias)])
+        kernel = calls[-1][1].call.source.name.partition("_")[0]
+        kernel = "dense_conv" if kernel == "conv" and chosen.is_dense else kernel
+    us = next((p.us for p in item.choice.predictions if p.candidate == chosen), 0.0) / target.scale(kernel)
+    return SiteStep(site.name, kernel, chosen.pattern, tuple(calls), bias, us)
+
+
+def _same_cut(a: Call, b: Call) -> bool:
+    """Whether two calls of a linear differ in the number of tokens alone."""
+    return (a.source.name, a.dims[1:], a.step) == (b.source.name, b.dims[1:], b.step) and a.arrays is b.arrays
+
+
+def range_ends(tokens: Count) -> list[int]:
+    """The most tokens of ranges of sizes whose calls are cut alike: no tile has much less to do than it could."""
+    ends = [end for power in range(31) for end in (2**power, 3 * 2**power) if tokens.least <= end < tokens.most]
+    return [*sorted(ends), tokens.most]
+
+
+def _best(item: FoundSite, tokens: int) -> Candidate:
+    """What was chosen for the largest sizes, or dense where that is predicted to be faster with fewer tokens."""
+    chosen = item.choice.chosen
+    if item.price is None or chosen.is_dense or item.price(chosen, tokens) <= item.price(DENSE, tokens):
+        return chosen
+    return DENSE
+
+
+def dense_up_to(item: FoundSite, step: SiteStep) -> int:
+    """The most tokens with which a site that is sparse with more runs dense; 0 for none."""
+    return max((most for most, _ in step.calls if _best(item, most) != item.choice.chosen), default=0)
 
 
 def _bias(item: FoundSite) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -122,11 +184,17 @@ def _bias(item: FoundSite) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     return value.float().reshape(-1).numpy()
 
 
-def output_shape(site: Site, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a site's output for that of its input."""
+def output_shape(site: Site, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The shape of a site's output for that of its input, whose dimensions may be numbers or what TVM computes with.
+
+    Raises:
+        ValueError: a convolution has maps whose height or width changes from call to call.
+    """
     if isinstance(site, LinearSite):
         return (*shape[:-1], site.out_features)
     assert site.window is not None
+    if not all(isinstance(size, int) for size in shape[1:]):
+        raise ValueError(f"the maps of the convolution {site.name} must have a fixed height and width")
     height, width = site.window.output(shape[2] if len(shape) == 4 else 1, shape[-1])
     return (shape[0], site.out_features, *((height, width) if len(shape) == 4 else (width,)))
 

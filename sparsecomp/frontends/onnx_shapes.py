@@ -162,7 +162,8 @@ def _assignments(model: ir.Model, given: Mapping[str, Sequence[int]]) -> list[di
             raise ValueError(f"the model has no input {name!r}; its inputs are {', '.join(map(repr, inputs))}")
     symbols: dict[str, tuple[int, ...]] = {}
     runs: list[dict[str, tuple[int, ...]]] = [{}, {}, {}]
-    for name, value in inputs.items():
+    # What is given counts also for inputs that share a symbol with it.
+    for name, value in sorted(inputs.items(), key=lambda item: item[0] not in given):
         shape = value.shape
         wanted = given.get(name)
         if shape is None:

@@ -156,22 +156,6 @@ class LinearWeight:
         return SiteCall(Call(source, self.arrays, dims, cut.items, scratch, shape.tile))
 
 
-def linear_call(
-    level: ArmLevel,
-    caches: Caches,
-    candidate: Candidate,
-    weight: Tensor,
-    call: tuple[int, int],
-    epilogue: Epilogue,
-) -> SiteCall:
-    """Pack a weight `[O, I]` of a linear for a candidate, and cut a call for so many tokens and threads.
-
-    Raises:
-        ValueError: there is no such kernel, or x or y is larger than 32-bit numbers address.
-    """
-    return LinearWeight.pack(level, caches, candidate, weight).call(*call, epilogue)
-
-
 @dataclass(frozen=True)
 class ConvWeight:
     """A weight `[O, I / groups, *kernel]` of a convolution, packed; zeros are left out.

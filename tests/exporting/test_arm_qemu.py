@@ -49,6 +49,20 @@ def test_paraphrase_model(tmp_path: Path) -> None:
     assert "rows" in kernels(report)
 
 
+def test_paraphrase_model_of_any_batch_and_length(tmp_path: Path) -> None:
+    emulator, compiler = arm_tools.emulator(), arm_tools.cross_compiler()
+    model = cases.pruned(cases.paraphrase(), 0.8)
+    sparsecomp.export(model, output=tmp_path, shapes={"input_ids": ("1..2", "1..40")})
+    program = arm_tools.build(tmp_path, compiler)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for sizes in ((1, 1), (2, 7), (1, 33), (2, 40)):
+        feeds = cases.token_feeds(*sizes)
+        expected = session.run(None, feeds)
+        found = arm_tools.run(program, list(feeds.values()), expected, emulator, sizes=sizes)
+        for given, wanted in zip(found, expected, strict=True):
+            cases.close(given, wanted, TOLERANCE)
+
+
 class LastHiddenState(nn.Module):
     """BERT with one tensor as its output."""
 
