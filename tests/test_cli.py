@@ -99,6 +99,20 @@ def test_explain_says_what_is_wrong(bert_folder: Path, arguments: list[str], exp
     assert expected in result.stderr
 
 
+def test_calibrate_on_an_arm_machine_measures_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsecomp import targets
+    from sparsecomp.targets.arm import calibrate, machine
+    from sparsecomp.targets.arm.cpu import cpu, host_level
+
+    target = machine.ArmMachine(cpu("cortex-a76"), host_level())
+    monkeypatch.setattr(targets, "get_target", lambda: target)
+    monkeypatch.setattr(calibrate, "calibrate", lambda given: {"rows": (1.5, 3)} if given is target else {})
+    result = runner.invoke(app, ["calibrate"])
+    assert result.exit_code == 0, result.output
+    assert "rows            takes 1.50 times what was counted (median of 3 calls)" in result.stdout
+    assert "no dense linear was measured" in result.stdout
+
+
 def test_explain_for_a_board(bert_folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     arguments = ["--sparsify", "unstructured@0.9", "--tokens", "16", "--target", "arm:cortex-a53"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Collection, Sequence
 
 import torch
@@ -69,6 +70,11 @@ class X86Target(Target):
         self._coefficients = found.coefficients
         self.calibrated = found.measured_here
         self.description = f"{self.name} on {cpu_name()}, {found.origin}"
+
+    def why_not_here(self) -> str | None:
+        """See `Target.why_not_here`."""
+        machine = platform.machine()
+        return None if machine in ("x86_64", "AMD64") else f"this machine is {machine}, no x86-64"
 
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """See `Target.candidates`."""

@@ -32,6 +32,14 @@ def test_without_a_name_the_machine_decides(machine: str, family: str, monkeypat
     assert get_target().name.startswith(f"{family}:")
 
 
+def test_code_for_x86_runs_on_x86_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = get_target("x86")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert "aarch64" in str(target.why_not_here())
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert target.why_not_here() is None
+
+
 @pytest.mark.parametrize("name", ["arm:cortex-a7", "arm:", "x87", "cuda", "", 5])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=r"unknown target .*x86:avx2.*arm:cortex-a76"):
