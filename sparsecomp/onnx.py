@@ -20,6 +20,7 @@ from torch import Tensor
 from sparsecomp.frontends.onnx import build
 from sparsecomp.frontends.onnx_apply import Replacement, apply
 from sparsecomp.frontends.onnx_fallback import OLDEST_OPSET, Variant
+from sparsecomp.frontends.onnx_half import widen
 from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_module import OnnxModule
 from sparsecomp.frontends.onnx_norm import fold_norm
@@ -51,6 +52,7 @@ Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"
 
 PLAN_KEY = "ai.sparsecomp.plan"
 """Key of the plan in the metadata of a written model."""
+_WIDENED = "float16 is computed in float32, as ONNX Runtime does on x86"
 _EXTERNAL_ABOVE = 1_500_000_000
 """Bytes of constants from which on they go to a file beside the model: protobuf ends at 2 GB."""
 
@@ -75,7 +77,10 @@ def inspect(
     """
     parsed, target = _options(options)
     loaded = load(model)
-    return _report(loaded, plan_sites(loaded, parsed, target, shapes), target)
+    widened = widen(loaded)
+    report = _report(loaded, plan_sites(loaded, parsed, target, shapes), target)
+    report.notes += [_WIDENED] if widened else []
+    return report
 
 
 def optimize(
@@ -127,7 +132,9 @@ def optimize(
 
     parsed, target = _options(options)
     level = target.level
-    loaded = load(model)
+    given = load(model)
+    loaded = given.clone()
+    widened = widen(loaded)
     budget = _budget(max_quality_loss, max_latency, speedup)
     wish = _wish(loaded, budget, calibration, criterion)
     if wish.calibration and shapes is None:
@@ -139,11 +146,13 @@ def optimize(
         chosen_under = _prune(loaded, planned, parsed, target, wish, progress)
         planned = plan_sites(loaded, parsed, target, shapes)
     report = _report(loaded, planned, target)
-    report.notes += [str(block) for block in skipped]
+    report.notes += [str(block) for block in skipped] + ([_WIDENED] if widened else [])
     if chosen_under is not None:
         report.plan = with_budget(report.plan, chosen_under)
     chosen = [item for item in planned if not item.choice.chosen.is_dense]
     variants = apply(loaded, [_replacement(item, level) for item in chosen])
+    if not variants and not skipped and chosen_under is None:
+        loaded = given
     loaded.metadata_props[PLAN_KEY] = report.plan.to_json()
     path = Path(output)
     if variants:

@@ -204,6 +204,9 @@ def _others(hint: int, count: int) -> tuple[int, int, int]:
 def _without_weights(model: ir.Model) -> onnx.ModelProto:
     """The model for shape inference: weights are inputs, and nothing that was inferred before is left to believe."""
     clone = model.clone()
+    for graph in [*all_graphs(clone.graph)][1:]:
+        for value in graph.initializers.values():
+            _give_own_tensor(value)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=_LARGEST_TENSOR)(clone)
     common.LiftSubgraphInitializersToMainGraphPass()(clone)
     inputs = set(clone.graph.inputs)
@@ -225,6 +228,14 @@ def _without_weights(model: ir.Model) -> onnx.ModelProto:
         return ir.to_proto(clone)
     except ir.serde.SerdeError as error:
         raise ValueError(f"the model cannot be written again: {error.__cause__ or error}") from error
+
+
+def _give_own_tensor(value: ir.Value) -> None:
+    """Let a constant be renamed, as happens where two subgraphs use one name, without the model that it came from."""
+    tensor = value.const_value
+    if tensor is not None and not tensor.dtype.is_string():
+        shape = ir.Shape(tensor.shape.numpy())
+        value.const_value = ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=shape, name=tensor.name)
 
 
 def _run(proto: onnx.ModelProto, inputs: Mapping[str, tuple[int, ...]]) -> list[dict[str, _Inferred]]:

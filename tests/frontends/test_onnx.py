@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_cases as cases
@@ -396,14 +397,14 @@ def test_convolutions_take_normalisation_residual_and_activation(first: bool, tm
 
 
 def test_reasons() -> None:
-    half = W.astype(np.float16)
+    short = W.astype(ml_dtypes.bfloat16)
     models = {
         "computed": cases.model_of([node("Mul", "w w", "w2"), node("MatMul", "x w2", "y")], {"x": ["n", 40]}, {"w": W}),
         "no zeros": cases.linear_model(np.ones((4, 4), np.float32)),
-        "float16": cases.model_of(
-            [node("Cast", "x", "x16", to=10), node("MatMul", "x16 w", "h"), node("Cast", "h", "y", to=1)],
+        "bfloat16": cases.model_of(
+            [node("Cast", "x", "x16", to=16), node("MatMul", "x16 w", "h"), node("Cast", "h", "y", to=1)],
             {"x": ["n", 40]},
-            {"w": half},
+            {"w": short},
         ),
         "on the left": cases.model_of([node("MatMul", "w x", "y")], {"x": [24, "n"]}, {"w": W}),
     }
