@@ -29,6 +29,9 @@ def export(
     plan: PlanFile = None,
     exclude: Exclude = None,
     threads: Annotated[int, typer.Option(min=1, help="Most that a call uses, where OpenMP is on.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="float16: sparse linears may compute in half precision, on CPUs that can.")
+    ] = "float32",
     ram: Annotated[str | None, typer.Option(help="What the board has for the model, such as 512K or 4M.")] = None,
     flash: Annotated[str | None, typer.Option(help="The same for weights and kernels.")] = None,
     part: Annotated[str, typer.Option(help="hls: the device, such as xc7z020.")] = "xczu7ev",
@@ -52,7 +55,7 @@ def export(
             name: [int(part) if part.isdecimal() else part for part in parts] for name, parts in parts_of(shape).items()
         }
         if target == "hls":
-            if sizes or plan or exclude or threads != 1 or ram or flash:
+            if sizes or plan or exclude or threads != 1 or dtype != "float32" or ram or flash:
                 raise ValueError(
                     "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --vectors"
                 )
@@ -72,6 +75,7 @@ def export(
             shapes=sizes or None,
             options={"plan": plan, "exclude": exclude},
             threads=threads,
+            dtype=dtype,
             ram=ram,
             flash=flash,
         )

@@ -9,6 +9,7 @@ multiply-adds which follow each other do not wait for each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparsecomp.kernels import tir
 from sparsecomp.patterns.quads import QUAD, QUAD_FIELDS
@@ -27,16 +28,37 @@ class QuadShape:
         vectors: vectors for each row.
         spread: `load` broadcasts each weight from memory; `shuffle` loads four at once, for CPUs that run short of
             loads before they do of shuffles.
+        half: whether weights, tile and the sums over a block of columns are float16, see `HalfShape`.
     """
 
     lanes: int
     vectors: int
     spread: str
+    half: ClassVar[bool] = False
+
+    @property
+    def dtype(self) -> str:
+        """Type of what is multiplied."""
+        return "float16" if self.half else "float32"
 
     @property
     def tile(self) -> int:
         """Tokens or positions of a tile."""
         return self.lanes * self.vectors
+
+
+class HalfShape(QuadShape):
+    """Registers of a quad whose weights, tile and sums over a block of columns are float16.
+
+    Sums over several blocks wait, and are added up, in float32.
+    """
+
+    half: ClassVar[bool] = True
+
+
+def weight_types(shape: QuadShape) -> tuple[str, ...]:
+    """Element types of the arrays of a weight."""
+    return (shape.dtype, *WEIGHTS[1:])
 
 
 class Quad:
@@ -45,10 +67,11 @@ class Quad:
     def __init__(self, args: tir.Arguments, shape: QuadShape, number: tir.Expr, sums: tir.Expr) -> None:
         """Read the quad `number`; its sums wait in scratch at `sums` + row * tile."""
         self._args, self._shape = args, shape
+        self._block: tir.Expr = None
         fields = [tir.bind(args["w2"][number * QUAD_FIELDS + i]) for i in range(QUAD_FIELDS)]
         self._value, self._word, self._shared, self._own, *self.rows = fields
         self._waiting = [tir.bind(sums + row * shape.tile) for row in self.rows]
-        self._total = tir.registers(QUAD * shape.tile)
+        self._total = tir.registers(QUAD * shape.tile, shape.dtype)
         self._slots = [
             (member, v * shape.lanes, member * shape.tile + v * shape.lanes)
             for member in range(QUAD)
@@ -56,11 +79,16 @@ class Quad:
         ]
 
     def begin(self, block: tir.Expr) -> None:
-        """Zeros before the first block of columns, else the sums that wait."""
-        lanes = self._shape.lanes
+        """Zeros before the first block of columns, else the sums that wait; in float16 always zeros."""
+        lanes, self._block = self._shape.lanes, block
+        zero = tir.const(0.0, self._shape.dtype, lanes)
+        if self._shape.half:
+            for _, _, slot in self._slots:
+                tir.store(self._total, slot, zero, lanes)
+            return
         with tir.when(block == 0):
             for _, _, slot in self._slots:
-                tir.store(self._total, slot, tir.const(0.0, lanes=lanes), lanes)
+                tir.store(self._total, slot, zero, lanes)
         with tir.when(block > 0):
             for member, at, slot in self._slots:
                 waiting = tir.load(self._args["scratch"], self._waiting[member] + at, lanes)
@@ -95,9 +123,23 @@ class Quad:
     def keep(self) -> None:
         """Put the sums back where they wait."""
         lanes = self._shape.lanes
+        if self._shape.half:
+            with tir.when(self._block == 0):
+                self._widen(add=False)
+            with tir.when(self._block > 0):
+                self._widen(add=True)
+            return
         for member, at, slot in self._slots:
             total = tir.load(self._total, slot, lanes)
             tir.store(self._args["scratch"], self._waiting[member] + at, total, lanes)
+
+    def _widen(self, *, add: bool) -> None:
+        """Put sums of float16 where they wait in float32, or add them to what waits."""
+        lanes, scratch = self._shape.lanes, self._args["scratch"]
+        for member, at, slot in self._slots:
+            place = self._waiting[member] + at
+            total = tir.cast(f"float32x{lanes}", tir.load(self._total, slot, lanes))
+            tir.store(scratch, place, tir.load(scratch, place, lanes) + total if add else total, lanes)
 
     def total(self, member: int, v: int) -> tir.Expr:
         """One vector of the sums of one row."""
@@ -124,6 +166,10 @@ class Quad:
         if self._shape.spread == "load":
             return [tir.bind(tir.splat(values[at + member], lanes)) for member in range(QUAD)]
         four = tir.load(values, at, QUAD)
+        if self._shape.half:
+            # Four of eight lanes: AArch64 multiplies by one of them.
+            fenced = tir.fence(four, QUAD, self._shape.dtype)
+            return [tir.bind(tir.shuffle(fenced, fenced, [member] * lanes)) for member in range(QUAD)]
         # The fence keeps LLVM from making four loads of it again.
         repeated = tir.fence(tir.repeat(four, QUAD, lanes // QUAD), lanes)
         return [

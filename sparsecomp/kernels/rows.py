@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from sparsecomp.kernels import tir
 from sparsecomp.kernels.epilogue import Epilogue
-from sparsecomp.kernels.quads import WEIGHTS, Quad, QuadShape
+from sparsecomp.kernels.quads import Quad, QuadShape, weight_types
 from sparsecomp.patterns.quads import QuadWeight
 
 DIMS = ("tokens", "inputs", "outputs", "blocks", "block_floats", "chunk", "splits")
@@ -21,7 +21,7 @@ _CACHE_LINE = 16  # floats
 
 
 def weights(packed: QuadWeight) -> list[npt.NDArray[np.generic]]:
-    """The arrays that the kernel takes as `w0`..`w3`."""
+    """The arrays that the kernel takes as `w0`..`w3`; of the float16 kernel values are to be converted."""
     return [packed.values, packed.words, packed.quads, packed.starts]
 
 
@@ -32,12 +32,13 @@ def scratch_floats(inputs: int, chunk: int, schedule: QuadShape) -> int:
 
 def build(schedule: QuadShape, epilogue: Epilogue) -> tir.Expr:
     """The kernel in TIR. Item i is tile `i // splits` for the part `i % splits` of the chunks."""
-    builder = tir.KernelBuilder("rows", WEIGHTS)
+    builder = tir.KernelBuilder("rows", weight_types(schedule))
     tile = schedule.tile
     with builder.build() as args:
         # The size of a block of the tile comes from the host: if LLVM saw that it is a multiple of the tile, it would
         # factor the two out of every address and need three instructions where one does.
         tokens, inputs, outputs, blocks, block_floats, chunk, splits = args.sizes(*DIMS)
+        tile_view = args.view("scratch", schedule.dtype)
         chunks = tir.bind(tir.ceil_div(outputs, chunk))
         sums = tir.bind(inputs * tile)
         # An odd number of cache lines from row to row of the staging area: they lie in different sets of the cache.
@@ -62,7 +63,7 @@ def build(schedule: QuadShape, epilogue: Epilogue) -> tir.Expr:
                             _prefetch_outputs(args, schedule, (q, end - begin), (token, tokens), (row, rows, outputs))
                         quad = Quad(args, schedule, tir.bind(begin + q), sums)
                         quad.begin(b)
-                        quad.add(base)
+                        quad.add(base, (tile_view, tir.const(tile, "int64")) if schedule.half else None)
                         quad.keep()
                 _store_chunk(args, schedule, epilogue, (token, tokens), (row, rows, outputs), places)
     return builder.function
@@ -70,23 +71,27 @@ def build(schedule: QuadShape, epilogue: Epilogue) -> tir.Expr:
 
 def _gather_tile(args: tir.Arguments, schedule: QuadShape, token: tir.Expr, tokens: tir.Expr, inputs: tir.Expr) -> None:
     """Transpose x[token : token + tile] into scratch; tokens past the end repeat the last, and are never stored."""
-    lanes, tile, x, scratch = schedule.lanes, schedule.tile, args["x"], args["scratch"]
+    lanes, tile, x, scratch = schedule.lanes, schedule.tile, args["x"], args.view("scratch", schedule.dtype)
+    transpose = tir.transpose_half if schedule.half else tir.transpose
     per_line = max(1, _CACHE_LINE // lanes)
     full = tir.bind(tir.floor_div(inputs, lanes))
 
     def source(offset: tir.Expr) -> tir.Expr:
         return tir.minimum(token + offset, tokens - 1) * inputs
 
+    def narrowed(value: tir.Expr, count: int) -> tir.Expr:
+        return tir.cast("float16" if count == 1 else f"float16x{count}", value) if schedule.half else value
+
     with tir.loop(tir.ceil_div(full, per_line)) as line, tir.loop(schedule.vectors) as v:
         rows = [tir.bind(source(v * lanes + i)) for i in range(lanes)]
         with tir.loop(tir.minimum(per_line, full - line * per_line)) as part:
             column = tir.bind((line * per_line + part) * lanes)
-            square = [tir.bind(tir.load(x, rows[i] + column, lanes)) for i in range(lanes)]
-            for i, vector in enumerate(tir.transpose(square)):
+            square = [tir.bind(narrowed(tir.load(x, rows[i] + column, lanes), lanes)) for i in range(lanes)]
+            for i, vector in enumerate(transpose(square)):
                 tir.store(scratch, (column + i) * tile + v * lanes, vector, lanes)
     with tir.loop(inputs - full * lanes) as rest, tir.loop(tile) as t:
         column = tir.bind(full * lanes + rest)
-        tir.store(scratch, column * tile + t, tir.load(x, source(t) + column))
+        tir.store(scratch, column * tile + t, narrowed(tir.load(x, source(t) + column), 1))
 
 
 def _prefetch_outputs(

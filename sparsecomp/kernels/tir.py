@@ -68,13 +68,20 @@ def _ir_builder() -> Any:
 class Arguments:
     """The buffers of a kernel under construction by name, and the range ``begin``..``end`` of its items."""
 
-    def __init__(self, buffers: dict[str, Expr], begin: Expr, end: Expr) -> None:
-        self._buffers = buffers
+    def __init__(self, buffers: dict[str, Expr], handles: dict[str, Expr], begin: Expr, end: Expr) -> None:
+        self._buffers, self._handles = buffers, handles
         self.begin = begin
         self.end = end
 
     def __getitem__(self, name: str) -> Expr:
         return self._buffers[name]
+
+    def view(self, name: str, dtype: str) -> Expr:
+        """The same memory with entries of another type; what is written as one type must not be read as another."""
+        key = f"{name}.{dtype}"
+        if key not in self._buffers:
+            self._buffers[key] = _script().decl_buffer((_UNBOUNDED,), dtype, data=self._handles[name])
+        return self._buffers[key]
 
     def sizes(self, *names: str) -> list[Expr]:
         """The leading entries of ``dims``, bound once, in the order of ``names`` (which are for the reader)."""
@@ -105,7 +112,7 @@ class KernelBuilder:
                 name: _script().decl_buffer((_UNBOUNDED,), self._types[name], data=handle)
                 for name, handle in handles.items()
             }
-            yield Arguments(buffers, begin, end)
+            yield Arguments(buffers, handles, begin, end)
         self.function = builder.get()
 
 
@@ -191,9 +198,9 @@ def first_lanes(vector: Expr, count: Expr, lanes: int) -> Expr:
     return select(numbers < splat(count, lanes), vector, const(0.0, lanes=lanes))
 
 
-def fence(vector: Expr, lanes: int) -> Expr:
+def fence(vector: Expr, lanes: int, dtype: str = "float32") -> Expr:
     """The same vector; LLVM does not see through it and so does not merge what makes it with what uses it."""
-    return bind(llvm_call(f"float32x{lanes}", "llvm.arithmetic.fence", vector))
+    return bind(llvm_call(f"{dtype}x{lanes}", "llvm.arithmetic.fence", vector))
 
 
 def popcount(value: Expr) -> Expr:
@@ -311,6 +318,19 @@ def transpose(vectors: Sequence[Expr]) -> list[Expr]:
         high = [bind(shuffle(rows[i + 8], rows[i + 12], half_order)) for i in range(4)]
         result += [bind(shuffle(low[i], high[i], picked)) for picked in every for i in range(4)]
     return result
+
+
+def transpose_half(vectors: Sequence[Expr]) -> list[Expr]:
+    """Transpose a square of 8 vectors of 8 float16 by exchanging blocks of 1, 2 and 4: AArch64's `trn`, each time."""
+    rows, lanes = list(vectors), len(vectors)
+    for width in (1, 2, 4):
+        low = [i if not i & width else lanes + i - width for i in range(lanes)]
+        high = [i + width if not i & width else lanes + i for i in range(lanes)]
+        for i in range(lanes):
+            if not i & width:
+                a, b = rows[i], rows[i + width]
+                rows[i], rows[i + width] = bind(shuffle(a, b, low)), bind(shuffle(a, b, high))
+    return rows
 
 
 # -- to an object file ------------------------------------------------------------------------------------------------

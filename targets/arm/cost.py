@@ -17,7 +17,7 @@ from typing import Any
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import Layout
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmCpu
-from sparsecomp.targets.arm.kernels import DENSE_V, panel_schedule, panel_tile
+from sparsecomp.targets.arm.kernels import DENSE_V, HALF, panel_schedule, panel_tile, row_level
 from sparsecomp.targets.base import Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import conv_schedules, schedules
 from sparsecomp.targets.x86.cost import ACTIVATION_COST, shared_loads
@@ -62,7 +62,7 @@ def loop_cycles(cpu: ArmCpu, loop: str) -> float:
 
 
 def fmla_share(cpu: ArmCpu, loop: str) -> float:
-    """Multiply-adds of an inner loop as a share of those that the CPU could start in its cycles."""
+    """Multiply-adds of an inner loop, of 128 bits each, as a share of those that the CPU could start in its cycles."""
     fmla, _, cycles = _table()["cpus"][cpu.name][loop]
     return float(fmla / (cpu.fmla * cycles))
 
@@ -81,27 +81,32 @@ def _count(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
         if problem.window.is_depthwise(problem.facts.in_features):
             return _depthwise(cpu, problem)
         return _conv(cpu, candidate, problem)
-    return _rows(cpu, problem) if candidate.kernel == "rows" else _panel(cpu, candidate, problem)
+    if candidate.kernel in ("rows", HALF):
+        return _rows(cpu, problem, half=candidate.kernel == HALF)
+    return _panel(cpu, candidate, problem)
 
 
-def _rows(cpu: ArmCpu, problem: Problem) -> Cost:
-    facts, level = problem.facts, cpu.level
+def _rows(cpu: ArmCpu, problem: Problem, *, half: bool) -> Cost:
+    facts, level = problem.facts, row_level(cpu.level, half)
     shape = (facts.out_features, facts.in_features)
     call = schedules.row_call(level, problem.tokens, shape, problem.threads)
     block = schedules.row_packing(level, shape, cpu.caches.l1, facts.nonzeros)["block"]
     quads = math.ceil(shape[0] / 4) * math.ceil(shape[1] / block)
     passes = call.tiles * call.share(problem.threads)
-    tile = call.variant * LANES
-    cycles = _entries(cpu, facts, call.variant) + quads * (_QUAD + 4 * call.variant * _SUM)
+    tile = call.variant * level.lanes
+    # Sums of float16 leave as two vectors of float32, which are added to those that wait.
+    sums = 4 * call.variant * _SUM * (4 if half else 1)
+    cycles = _entries(cpu, facts, call.variant, HALF if half else "rows") + quads * (_QUAD + sums)
     cycles += (call.splits * shape[1] + shape[0]) * tile * _TRANSPOSED + shape[0] * tile * _STORED
-    return Cost(passes * cycles, _memory(cpu, 6 * facts.nonzeros + 32 * quads, passes))
+    nbytes = (4 if half else 6) * facts.nonzeros + 32 * quads
+    return Cost(passes * cycles, _memory(cpu, nbytes, passes))
 
 
-def _entries(cpu: ArmCpu, facts: WeightFacts, vectors: int) -> float:
+def _entries(cpu: ArmCpu, facts: WeightFacts, vectors: int, kernel: str = "rows") -> float:
     """Cycles of the kept entries of a weight, once over all of it."""
     # Entries that are in pairs, one load for both.
     together = min(2 * shared_loads(facts), facts.nonzeros)
-    shared, own = (loop_cycles(cpu, f"rows_{vectors}.{kind}") for kind in ("shared", "own"))
+    shared, own = (loop_cycles(cpu, f"{kernel}_{vectors}.{kind}") for kind in ("shared", "own"))
     return together / 8 * shared + (facts.nonzeros - together) / 4 * own
 
 

@@ -72,6 +72,11 @@ class ArmCpu:
         """The schedules for it."""
         return _level(self.name, "aarch64-linux-gnu")
 
+    @property
+    def half(self) -> bool:
+        """Whether it multiplies vectors of float16."""
+        return "asimdhp" in self.needs
+
 
 FALLBACK = "cortex-a72"
 """What a CPU is taken for that is not known: plain ARMv8-A, with one multiplier as most cores of boards have."""

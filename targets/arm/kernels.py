@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsecomp.kernels import conv, depthwise, panel, rows
 from sparsecomp.kernels.conv_geometry import Geometry, table
 from sparsecomp.kernels.epilogue import Epilogue
-from sparsecomp.kernels.quads import QuadShape
+from sparsecomp.kernels.quads import HalfShape, QuadShape
 from sparsecomp.patterns import PanelWeight
 from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.runtime.launch import KernelSource
@@ -32,6 +32,8 @@ PANEL_TILES = {4: (1, 2, 4, 8, 16), 8: (1, 2, 4, 8, 12), 16: (1, 2, 4, 6)}
 """For each number of rows of a panel the numbers of tokens of its register tile: at most 24 sums."""
 DENSE_V = 16
 """Rows of a panel of a dense weight."""
+HALF = "rows_half"
+"""The row kernel with weights, activations and the sums over a block of columns in float16."""
 _SPREAD = "shuffle"
 
 Arrays = tuple[npt.NDArray[Any], ...]
@@ -80,9 +82,14 @@ def panel_schedule(v: int, tokens: int) -> panel.PanelSchedule:
     return panel.PanelSchedule(v, LANES, vectors, tokens, min(v, vectors * LANES))
 
 
-def row_schedule(vectors: int) -> QuadShape:
-    """The register tile of a quad with so many vectors of tokens."""
-    return QuadShape(LANES, vectors, _SPREAD)
+def row_schedule(vectors: int, half: bool = False) -> QuadShape:
+    """The register tile of a quad with so many vectors of tokens, which hold twice as many in float16."""
+    return HalfShape(2 * LANES, vectors, _SPREAD) if half else QuadShape(LANES, vectors, _SPREAD)
+
+
+def row_level(level: ArmLevel, half: bool) -> ArmLevel:
+    """The numbers that calls of the row kernel are cut by."""
+    return replace(level, lanes=2 * LANES) if half else level
 
 
 def panel_tile(v: int, tokens: int) -> int:
@@ -97,27 +104,36 @@ class LinearWeight:
     Attributes:
         level: of the schedules.
         shape: O and I.
-        packed: quads of the kernel `rows`, or panels, of which a dense weight keeps all columns.
+        packed: quads of the kernels `rows` and `rows_half`, or panels, of which a dense weight keeps all columns.
         arrays: the same as the kernel takes them.
+        half: whether it is packed for `rows_half`.
     """
 
     level: ArmLevel
     shape: tuple[int, int]
     packed: QuadWeight | PanelWeight
     arrays: Arrays
+    half: bool = False
 
     @classmethod
     def pack(cls, level: ArmLevel, caches: Caches, candidate: Candidate, weight: Tensor) -> LinearWeight:
-        """Pack a weight `[O, I]` for a candidate: `dense`, `rows` or `panel`.
+        """Pack a weight `[O, I]` for a candidate: `dense`, `rows`, `rows_half` or `panel`.
 
         Raises:
-            ValueError: there is no such kernel.
+            ValueError: there is no such kernel, or the weight has values that float16 cannot hold.
         """
         shape = int(weight.shape[0]), int(weight.shape[1])
-        if candidate.kernel == "rows":
-            packing = schedules.row_packing(level, shape, caches.l1, int(weight.count_nonzero()))
+        if candidate.kernel in ("rows", HALF):
+            half = candidate.kernel == HALF
+            packing = schedules.row_packing(row_level(level, half), shape, caches.l1, int(weight.count_nonzero()))
             quads = QuadWeight.pack(weight, **packing)
-            return cls(level, shape, quads, tuple(rows.weights(quads)))
+            values, *others = rows.weights(quads)
+            if half:
+                largest = float(np.abs(values).max(initial=0))
+                if not largest <= float(np.finfo(np.float16).max):
+                    raise ValueError(f"a weight of {largest:g} is more than float16 holds; leave the dtype float32")
+                values = values.astype(np.float16)
+            return cls(level, shape, quads, (values, *others), half)
         if candidate.kernel not in ("dense", "panel"):
             raise ValueError(f"there is no ARM kernel {candidate.kernel!r}")
         v = DENSE_V if candidate.is_dense else dict(candidate.params)["v"]
@@ -147,12 +163,13 @@ class LinearWeight:
         return SiteCall(Call(source, self.arrays, dims, cut.items, panel.SCRATCH_FLOATS, cut.group))
 
     def _rows(self, packed: QuadWeight, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
-        cut = schedules.row_call(self.level, tokens, self.shape, threads)
-        shape = row_schedule(cut.variant)
+        cut = schedules.row_call(row_level(self.level, self.half), tokens, self.shape, threads)
+        shape = row_schedule(cut.variant, self.half)
         block_floats = packed.block * shape.tile
         dims = (tokens, self.shape[1], self.shape[0], packed.blocks, block_floats, packed.chunk, cut.splits)
         scratch = rows.scratch_floats(self.shape[1], packed.chunk, shape)
-        source = _source(self.level, f"rows_{cut.variant}", shape, epilogue, lambda: rows.build(shape, epilogue))
+        name = f"{HALF if self.half else 'rows'}_{cut.variant}"
+        source = _source(self.level, name, shape, epilogue, lambda: rows.build(shape, epilogue))
         return SiteCall(Call(source, self.arrays, dims, cut.items, scratch, shape.tile))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from sparsecomp.kernels import depthwise, panel, rows, tir
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, cpu, cpu_names
-from sparsecomp.targets.arm.kernels import PANEL_TILES, panel_schedule, row_schedule
+from sparsecomp.targets.arm.kernels import HALF, PANEL_TILES, panel_schedule, row_schedule
 
 LEAST_LLVM = 19
 _ITERATIONS = 200
@@ -97,12 +97,15 @@ def measure(body: list[str], cpu_name: str) -> Loop:
 
 
 def multiply_adds(body: list[str]) -> int:
-    """Multiply-adds of four lanes among instructions."""
-    return sum(bool(re.match(r"\s+fmla\s+v\d+\.4s", line)) for line in body)
+    """Multiply-adds of whole vectors among instructions: four lanes, or eight of float16."""
+    return sum(bool(re.match(r"\s+fmla\s+v\d+\.(4s|8h)", line)) for line in body)
 
 
 def loops_of(name: str) -> dict[str, Loop]:
-    """The inner loops of the kernels for a CPU: `rows_V.shared`, `rows_V.own`, `panel_V_T`, `depthwise_V`."""
+    """The inner loops of the kernels for a CPU: `rows_V.shared`, `rows_V.own`, `panel_V_T`, `depthwise_V`.
+
+    With `rows_half_V` for CPUs that multiply float16.
+    """
     target = cpu(name).level.tvm_target
 
     def loops(function: Any) -> list[tuple[int, list[str]]]:
@@ -119,20 +122,22 @@ def loops_of(name: str) -> dict[str, Loop]:
         return Loop(least, round(loop.instructions / times), loop.cycles / times)
 
     result: dict[str, Loop] = {}
-    for vectors in range(1, ROW_VECTORS + 1):
-        # The loop over columns that two rows share comes first in the text.
-        shared, own = [entry for entry in loops(rows.build(row_schedule(vectors), Epilogue())) if entry[0]][:2]
-        result[f"rows_{vectors}.shared"] = once(shared, 8 * vectors)
-        result[f"rows_{vectors}.own"] = once(own, 4 * vectors)
+    for half in (False, True) if cpu(name).half else (False,):
+        for vectors in range(1, ROW_VECTORS + 1):
+            # The loop over columns that two rows share comes first in the text.
+            found = [entry for entry in loops(rows.build(row_schedule(vectors, half), Epilogue())) if entry[0]]
+            stem = f"{HALF if half else 'rows'}_{vectors}"
+            result[f"{stem}.shared"] = once(found[0], 8 * vectors)
+            result[f"{stem}.own"] = once(found[1], 4 * vectors)
     for v, tiles in PANEL_TILES.items():
         for tokens in tiles:
             schedule = panel_schedule(v, tokens)
-            found = next(entry for entry in loops(panel.build(schedule, Epilogue())) if entry[0])
-            result[f"panel_{v}_{tokens}"] = once(found, schedule.vectors * schedule.tokens)
+            tile = next(entry for entry in loops(panel.build(schedule, Epilogue())) if entry[0])
+            result[f"panel_{v}_{tokens}"] = once(tile, schedule.vectors * schedule.tokens)
     for vectors in range(1, ROW_VECTORS + 1):
         schedule_d = depthwise.DepthwiseSchedule(LANES, vectors, 1)
-        found = next(entry for entry in loops(depthwise.build(schedule_d, Epilogue())) if entry[0])
-        result[f"depthwise_{vectors}"] = once(found, vectors)
+        row = next(entry for entry in loops(depthwise.build(schedule_d, Epilogue())) if entry[0])
+        result[f"depthwise_{vectors}"] = once(row, vectors)
     return result
 
 
@@ -144,7 +149,7 @@ def main() -> None:
         for name in cpu_names()
     }
     document = {
-        "comment": "Inner loops: multiply-adds of four lanes, instructions and cycles of one round, by llvm-mca.",
+        "comment": "Inner loops: multiply-adds of 128 bits, instructions and cycles of one round, by llvm-mca.",
         "llvm_mca": version,
         "cpus": cpus,
     }

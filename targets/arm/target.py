@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from sparsecomp.targets.arm import calibration, cost
-from sparsecomp.targets.arm.cpu import ArmCpu, unfit
-from sparsecomp.targets.arm.kernels import PANEL_TILES
+from sparsecomp.targets.arm.cpu import ArmCpu, cpu_names, unfit
+from sparsecomp.targets.arm.cpu import cpu as named
+from sparsecomp.targets.arm.kernels import HALF, PANEL_TILES
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts, label_of
 from sparsecomp.window import Window
 
@@ -20,17 +21,28 @@ _LEAST_ROW_TOKENS = 2
 
 
 class ArmTarget(Target):
-    """An ARM CPU that models are exported for."""
+    """An ARM CPU that models are exported for.
+
+    Args:
+        cpu: the CPU.
+        half: whether sparse linears may compute in float16, which changes their results.
+
+    Raises:
+        ValueError: the CPU does not multiply float16.
+    """
 
     dtypes = (torch.float32,)
     calibration = ""  # which one counts, see `calibration.load`
-    cautions: Mapping[str, float] = {"rows": 1.25, "panel": 1.25, "conv": 1.25}
+    cautions: Mapping[str, float] = {"rows": 1.25, HALF: 1.25, "panel": 1.25, "conv": 1.25}
     """Nobody has timed the kernels on the CPU, and the count knows no misses of the L1 cache and no mispredicted
     branch, of which sparse kernels have more than dense ones: without a board's measurements they have to be this much
     better."""
 
-    def __init__(self, cpu: ArmCpu) -> None:
-        self.cpu = cpu
+    def __init__(self, cpu: ArmCpu, half: bool = False) -> None:
+        if half and not cpu.half:
+            able = ", ".join(name for name in cpu_names() if named(name).half)
+            raise ValueError(f"{cpu.name} does not compute in float16; the CPUs that do are {able}")
+        self.cpu, self._half = cpu, half
         self.name = f"arm:{cpu.name}"
         self._scales, origin = calibration.load(cpu.name, self.calibration)
         mca = f"cycles by llvm-mca {cost.llvm_mca_version()}, {origin}"
@@ -44,10 +56,13 @@ class ArmTarget(Target):
         """See `Target.candidates`."""
         found = [DENSE]
         if facts.nonzeros == facts.out_features * facts.in_features:
-            return found
+            # The row kernel keeps all entries: twice the lanes make up for its indices.
+            return [*found, Candidate(HALF, DENSE.pattern)] if self._half else found
         single = label_of(facts, 1, allowed)
         if single is not None:
             found.append(Candidate("rows", single))
+        if self._half:
+            found.append(Candidate(HALF, single or DENSE.pattern))
         for v in PANELS:
             # Panels are for rows that were pruned to share their columns: others would keep nearly all.
             shared = label_of(facts, v, allowed)
@@ -66,7 +81,9 @@ class ArmTarget(Target):
 
     def predict(self, candidate: Candidate, problem: Problem) -> float:
         """See `Target.predict`."""
-        if (candidate.kernel == "rows" and problem.tokens < _LEAST_ROW_TOKENS) or problem.dtype != torch.float32:
+        if (
+            candidate.kernel in ("rows", HALF) and problem.tokens < _LEAST_ROW_TOKENS
+        ) or problem.dtype != torch.float32:
             return float("inf")
         if problem.tokens == 0:
             return 0.0
@@ -97,6 +114,8 @@ class ArmTarget(Target):
 
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
         """See `Target.packed_bytes`."""
+        if candidate.kernel == HALF:
+            return 4 * facts.nonzeros + 32 * -(-facts.out_features // 4)
         if candidate.kernel in ("rows", "conv"):
             return 6 * facts.nonzeros + 32 * -(-facts.out_features // 4)
         return super().packed_bytes(candidate, facts, dtype)

@@ -1,0 +1,72 @@
+"""Linears in float16: computed by ARM's vectors of eight lanes under QEMU, only where it was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import arm_tools
+import numpy as np
+import onnx_cases as cases
+import onnxruntime
+import pytest
+
+import sparsecomp
+
+EPSILON = 2.0**-11
+"""Half a unit in the last place of float16, relative."""
+
+
+def run(weight: np.ndarray[Any, Any], tokens: int, folder: Path) -> tuple[str, Any, Any]:
+    """The kernel that was chosen, what the package gives, and what it should give."""
+    x = np.random.default_rng(1).standard_normal((tokens, weight.shape[0]), np.float32)
+    model = cases.linear_model(weight, cases.sparse_array(weight.shape[1], density=1, seed=2))
+    report = sparsecomp.export(model, output=folder, shapes={"x": x.shape}, dtype="float16")
+    program = arm_tools.build(folder, arm_tools.cross_compiler())
+    expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    found = arm_tools.run(program, [x], expected, arm_tools.emulator())[0]
+    # Each product and each sum of a block is rounded once, weights and activations before.
+    bound = np.abs(x) @ np.abs(weight) * EPSILON * (3 + 400)
+    assert (np.abs(found - expected[0]) <= bound + 1e-5).all()
+    return next(iter(report.plan)).chosen.kernel, found, expected[0]
+
+
+@pytest.mark.arm
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "tokens", "density"),
+    [(64, 96, 40, 0.3), (1003, 45, 17, 0.2), (128, 257, 64, 1.0)],
+    ids=["whole", "several-blocks-and-rests", "dense"],
+)
+def test_results_are_those_of_float16(inputs: int, outputs: int, tokens: int, density: float, tmp_path: Path) -> None:
+    kernel, found, expected = run(cases.sparse_array(inputs, outputs, density=density), tokens, tmp_path)
+    assert kernel == "rows_half"
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 1e-6 < error < 1e-2  # float32 would be closer
+
+
+def test_without_the_option_nothing_is_float16(tmp_path: Path) -> None:
+    report = sparsecomp.export(cases.linear_model(cases.sparse_array(64, 96, density=0.3)), output=tmp_path)
+    assert all(p.candidate.kernel != "rows_half" for choice in report.plan for p in choice.predictions)
+    assert "rows_half" not in (tmp_path / "model.c").read_text()
+
+
+class TestBadInput:
+    model = cases.linear_model(cases.sparse_array(64, 96, density=0.3))
+
+    def test_a_cpu_that_cannot(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"cortex-a53 does not compute in float16; .* cortex-a55, cortex-a76"):
+            sparsecomp.export(self.model, output=tmp_path, cpu_name="cortex-a53", dtype="float16")
+
+    def test_a_dtype_that_is_not_known(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="unknown dtype 'int4'; the dtypes are float32, float16"):
+            sparsecomp.export(self.model, output=tmp_path, dtype="int4")
+
+    def test_the_machine_at_hand(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="export for the target arm"):
+            sparsecomp.export(self.model, output=tmp_path, target="host", dtype="float16")
+
+    def test_weights_that_float16_cannot_hold(self, tmp_path: Path) -> None:
+        model = cases.linear_model(cases.sparse_array(64, 96, density=0.3) * 1e6)
+        with pytest.raises(ValueError, match="more than float16 holds"):
+            sparsecomp.export(model, output=tmp_path / "out", shapes={"x": [64, 64]}, dtype="float16")
+        assert not (tmp_path / "out").exists()
