@@ -252,8 +252,8 @@ class DepthwiseWeight:
         """Pack a weight."""
         return cls(level, window, weight.detach().float().flatten(1).contiguous().numpy())
 
-    def call(self, maps: Maps, epilogue: Epilogue) -> SiteCall:
-        """Cut a call."""
+    def call(self, maps: Maps, threads: int, epilogue: Epilogue) -> SiteCall:
+        """Cut a call, alike for any number of threads."""
         level, window, outputs = self.level, self.window, self.values.shape[0]
         layout = depthwise.Layout.of(window, maps)
         schedule = conv_schedules.depthwise_schedule(level, layout, window, maps)
@@ -265,23 +265,11 @@ class DepthwiseWeight:
         return SiteCall(Call(source, arrays, dims, maps.images * outputs, scratch))
 
 
-def conv_call(
-    level: ArmLevel,
-    caches: Caches,
-    weight: Tensor,
-    window: Window,
-    maps: Maps,
-    threads: int,
-    epilogue: Epilogue,
-) -> SiteCall:
-    """Pack a weight `[O, I / groups, *kernel]` of a convolution, and cut a call; zeros are left out.
-
-    Raises:
-        ValueError: the maps are larger than 32-bit numbers address.
-    """
+def pack_conv(level: ArmLevel, caches: Caches, weight: Tensor, window: Window) -> ConvWeight | DepthwiseWeight:
+    """Pack a weight `[O, I / groups, *kernel]` of a convolution; zeros are left out, if it is not a depthwise one."""
     if window.is_depthwise(int(weight.flatten(1).shape[1])):
-        return DepthwiseWeight.pack(level, weight, window).call(maps, epilogue)
-    return ConvWeight.pack(level, caches, weight, window).call(maps, threads, epilogue)
+        return DepthwiseWeight.pack(level, weight, window)
+    return ConvWeight.pack(level, caches, weight, window)
 
 
 def _source(level: ArmLevel, name: str, schedule: Any, epilogue: Epilogue, build: Any) -> KernelSource:

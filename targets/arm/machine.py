@@ -12,7 +12,7 @@ from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns import Pattern
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, function_of
 from sparsecomp.targets.arm.cpu import LANES, MACHINES, ArmCpu, ArmLevel, cpu, cpu_names, this_cpu, unfit
-from sparsecomp.targets.arm.kernels import Call, ConvWeight, DepthwiseWeight, LinearWeight, SiteCall
+from sparsecomp.targets.arm.kernels import Call, ConvWeight, DepthwiseWeight, LinearWeight, SiteCall, pack_conv
 from sparsecomp.targets.arm.target import ArmTarget
 from sparsecomp.targets.base import (
     DENSE,
@@ -98,18 +98,15 @@ class ArmMachine(ArmTarget):
 
     def prepare_conv(self, candidate: Candidate, weight: Tensor, window: Window) -> ConvKernel:
         """See `Target.prepare_conv`."""
-        if candidate == DEPTHWISE:
-            return ArmConvKernel(DepthwiseWeight.pack(self._level, weight, window), int(weight.shape[0]))
-        if candidate.kernel != "conv":
+        if candidate.kernel not in ("conv", "depthwise"):
             return super().prepare_conv(candidate, weight, window)
         _check(candidate, weight.flatten(1))
-        packed = ConvWeight.pack(self._level, self.cpu.caches, weight, window)
-        return ArmConvKernel(packed, int(weight.shape[0]))
+        return ArmConvKernel(pack_conv(self._level, self.cpu.caches, weight, window), int(weight.shape[0]))
 
 
 def _check(candidate: Candidate, matrix: Tensor) -> None:
-    # Every weight is unstructured: nothing has to be looked at.
-    if candidate.pattern != "unstructured" and not Pattern.parse(candidate.pattern).check(matrix):
+    # Every weight is unstructured, and dense: nothing has to be looked at.
+    if candidate.pattern not in ("unstructured", "dense") and not Pattern.parse(candidate.pattern).check(matrix):
         raise ValueError(f"the weight {tuple(matrix.shape)} does not satisfy the pattern of {candidate}")
 
 
@@ -213,9 +210,7 @@ class ArmConvKernel(ConvKernel):
         if (ready := self._launches.find(key)) is not None:
             return ready
         after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
-        weight = self._weight
-        call = weight.call(maps, threads, after) if isinstance(weight, ConvWeight) else weight.call(maps, after)
-        return self._launches.make(key, call, self._weights)
+        return self._launches.make(key, self._weight.call(maps, threads, after), self._weights)
 
     @property
     def source(self) -> str:
