@@ -77,8 +77,9 @@ class LibraryTarget(Target):
         self.name, self.level = target.name, level(name)
         self._target = target
         self._machine = cost.Machine(self.level, caches())
-        self._prices = calibration.load(name, _PRICES).coefficients
-        self.description = target.description
+        found = calibration.load(name, _PRICES)
+        self._prices = found.coefficients
+        self.description = f"{target.description}; dense in ONNX Runtime: {found.origin}"
 
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """See `Target.candidates`."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsecomp.patterns import Pattern
 from sparsecomp.runtime.ort_library import MOST_FORMS
 from sparsecomp.targets import get_target
 from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import ort_target
+from sparsecomp.targets.x86.cpu import LEVELS, supported
 from sparsecomp.targets.x86.ort_target import FULL, GRID, LibraryTarget, choose_forms, slower_maps, slower_than_dense
 from sparsecomp.window import Maps
 
@@ -86,3 +89,20 @@ def test_targets_without_a_library_are_told() -> None:
 
     with pytest.raises(ValueError, match="no ONNX Runtime library for target 'arm:neon'"):
         LibraryTarget(Other())
+
+
+@pytest.mark.parametrize("level", ["avx2", "generic"])
+def test_prices_that_are_estimates_say_so(level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSECOMP_CACHE_DIR", str(tmp_path))
+    assert "dense in ONNX Runtime: shipped prices (estimated" in LibraryTarget(get_target(f"x86:{level}")).description
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 64, 512])
+def test_fewer_lanes_never_make_dense_cheaper(tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSECOMP_CACHE_DIR", str(tmp_path))
+    problem = Problem(WeightFacts.assumed(768, 768, Pattern.parse("dense")), tokens, 1)
+    for candidate in (DENSE, FULL):
+        costs = [
+            LibraryTarget(get_target(f"x86:{name}")).predict(candidate, problem) for name in LEVELS if supported(name)
+        ]
+        assert costs == sorted(costs)
