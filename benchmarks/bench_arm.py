@@ -1,4 +1,4 @@
-"""What can be said of ARM without a board: instructions under QEMU, and the inner loops by llvm-mca.
+"""What can be said of ARM without a board: instructions under QEMU, inner loops by llvm-mca, where sparse wins.
 
 `python benchmarks/bench_arm.py`. Needs qemu-aarch64 (Debian's qemu-user), a C compiler here for the plugin that counts,
 and ziglang or aarch64-linux-gnu-gcc.
@@ -19,8 +19,12 @@ import onnx_cases
 
 import sparsecomp
 from sparsecomp.patterns import Pattern
+from sparsecomp.planner.choose import MARGIN
 from sparsecomp.targets.arm import cost
 from sparsecomp.targets.arm.cpu import cpu, cpu_names
+from sparsecomp.targets.arm.target import ArmTarget
+from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+from sparsecomp.window import Maps, Window
 
 PATTERNS = ("dense", "unstructured@0.5", "unstructured@0.75", "unstructured@0.9", "2:4", "4:2:4", "8:2:4", "16:2:4")
 INPUTS, OUTPUTS, TOKENS = 384, 1536, 64
@@ -39,6 +43,20 @@ def instructions(pattern: str, folder: Path) -> tuple[int, str]:
     return arm_tools.instructions(program, [np.ones((TOKENS, INPUTS), np.float32)]), str(chosen)
 
 
+CONV = (Window((1, 1)), Maps(1, 56, 56))
+
+
+def wins_from(target: ArmTarget, shape: tuple[int, int], tokens: int, window: Window | None, maps: Maps | None) -> str:
+    """The least share of zeros from which a weight is predicted to be chosen, before any board was measured."""
+    candidate = Candidate("rows" if window is None else "conv", "unstructured")
+    for percent in range(2, 100):
+        facts = WeightFacts.assumed(*shape, Pattern.parse(f"unstructured@{percent / 100}"))
+        problem = Problem(facts, tokens, 1, window=window, maps=maps)
+        if target.predict(candidate, problem) * MARGIN <= target.predict(DENSE, problem):
+            return f"{percent} %"
+    return "never"
+
+
 def main() -> None:
     print(f"Linear {INPUTS} to {OUTPUTS}, {TOKENS} tokens, one thread, code for cortex-a76: instructions under QEMU")
     dense = 0
@@ -51,6 +69,17 @@ def main() -> None:
     print(f"  {'':12} " + " ".join(f"{loop:>14}" for loop in LOOPS))
     for name in cpu_names():
         print(f"  {name:12} " + " ".join(f"{cost.fmla_share(cpu(name), loop):14.2f}" for loop in LOOPS))
+    cases = {
+        f"{INPUTS} to {OUTPUTS}, {TOKENS}": ((OUTPUTS, INPUTS), TOKENS, None, None),
+        "96 to 96, 3136": ((96, 96), 3136, None, None),
+        "conv 96 to 96, 56 x 56": ((96, 96), 3136, *CONV),
+    }
+    print("\nZeros from which a weight is predicted to run sparse; the cost of an entry in a pair over one alone")
+    print(f"  {'':12} " + " ".join(f"{case:>24}" for case in (*cases, "in a pair / alone")))
+    for name in cpu_names():
+        found = [wins_from(ArmTarget(cpu(name)), *case) for case in cases.values()]
+        paired, alone = (cost.loop_cycles(cpu(name), f"rows_4.{kind}") for kind in ("shared", "own"))
+        print(f"  {name:12} " + " ".join(f"{text:>24}" for text in (*found, f"{paired / 2 / alone:.2f}")))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,12 @@ def test_a_sparse_convolution_has_to_beat_the_dense_one_of_the_same_kernel(name:
 
 
 @pytest.mark.parametrize("name", cpu_names())
+def test_few_zeros_are_not_worth_a_sparse_kernel(name: str) -> None:
+    target, problem = ArmTarget(cpu(name)), Problem(facts("unstructured@0.15", 1536, 384), 64, 1)
+    assert target.predict(ROWS, problem) > target.predict(DENSE, problem)
+
+
+@pytest.mark.parametrize("name", cpu_names())
 def test_fewer_entries_never_take_longer(name: str) -> None:
     target = ArmTarget(cpu(name))
     times = [target.predict(ROWS, Problem(facts(f"unstructured@{share}"), 64, 1)) for share in (0.5, 0.7, 0.8, 0.9)]
