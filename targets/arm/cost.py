@@ -17,7 +17,15 @@ from typing import Any
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import Layout
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmCpu
-from sparsecomp.targets.arm.kernels import DENSE_V, HALF, PANEL_TILES, panel_schedule, panel_tile, row_level
+from sparsecomp.targets.arm.kernels import (
+    DENSE_V,
+    HALF,
+    PANEL_TILES,
+    ROW_KERNELS,
+    panel_schedule,
+    panel_tile,
+    row_level,
+)
 from sparsecomp.targets.base import Candidate, Problem, WeightFacts
 from sparsecomp.targets.x86 import conv_schedules, schedules
 from sparsecomp.targets.x86.cost import ACTIVATION_COST, shared_loads
@@ -81,13 +89,13 @@ def _count(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
         if problem.window.is_depthwise(problem.facts.in_features):
             return _depthwise(cpu, problem)
         return _conv(cpu, candidate, problem)
-    if candidate.kernel in ("rows", HALF):
-        return _rows(cpu, problem, half=candidate.kernel == HALF)
+    if candidate.kernel in ROW_KERNELS:
+        return _rows(cpu, problem, candidate.kernel)
     return _panel(cpu, candidate, problem)
 
 
-def _rows(cpu: ArmCpu, problem: Problem, *, half: bool) -> Cost:
-    facts, level = problem.facts, row_level(cpu.level, half)
+def _rows(cpu: ArmCpu, problem: Problem, kernel: str) -> Cost:
+    facts, level, half = problem.facts, row_level(cpu.level, kernel), kernel == HALF
     shape = (facts.out_features, facts.in_features)
     call = schedules.row_call(level, problem.tokens, shape, problem.threads)
     block = schedules.row_packing(level, shape, cpu.caches.l1, facts.nonzeros)["block"]
@@ -96,7 +104,7 @@ def _rows(cpu: ArmCpu, problem: Problem, *, half: bool) -> Cost:
     tile = call.variant * level.lanes
     # Sums of float16 leave as two vectors of float32, which are added to those that wait.
     sums = 4 * call.variant * _SUM * (4 if half else 1)
-    cycles = _entries(cpu, facts, call.variant, HALF if half else "rows") + quads * (_QUAD + sums)
+    cycles = _entries(cpu, facts, call.variant, kernel) + quads * (_QUAD + sums)
     cycles += (call.splits * shape[1] + shape[0]) * tile * _TRANSPOSED + shape[0] * tile * _STORED
     nbytes = (4 if half else 6) * facts.nonzeros + 32 * quads
     return Cost(passes * cycles, _memory(cpu, nbytes, passes))

@@ -30,9 +30,11 @@ class ArmLevel(Level):
 
     Attributes:
         triple: of LLVM.
+        options: of LLVM's code generator.
     """
 
     triple: str = "aarch64-linux-gnu"
+    options: tuple[str, ...] = ()
 
     @property
     def tvm_target(self) -> dict[str, Any]:
@@ -40,6 +42,8 @@ class ArmLevel(Level):
         target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu}
         if self.mattr:
             target["mattr"] = list(self.mattr)
+        if self.options:
+            target["cl-opt"] = list(self.options)
         return target
 
 
@@ -76,6 +80,11 @@ class ArmCpu:
     def half(self) -> bool:
         """Whether it multiplies vectors of float16."""
         return "asimdhp" in self.needs
+
+    @property
+    def sve(self) -> bool:
+        """Whether it has SVE, of 256 bits: what `facts.json` knows with SVE has that length."""
+        return "sve" in self.needs
 
 
 FALLBACK = "cortex-a72"

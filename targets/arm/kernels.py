@@ -34,6 +34,10 @@ DENSE_V = 16
 """Rows of a panel of a dense weight."""
 HALF = "rows_half"
 """The row kernel with weights, activations and the sums over a block of columns in float16."""
+SVE = "rows_sve"
+"""The row kernel in SVE of 256 bits: LLVM takes vectors of eight lanes as such where it is told the length."""
+ROW_KERNELS = ("rows", HALF, SVE)
+_SVE_256 = "-aarch64-sve-vector-bits-min:uint=256"
 _SPREAD = "shuffle"
 
 Arrays = tuple[npt.NDArray[Any], ...]
@@ -82,14 +86,18 @@ def panel_schedule(v: int, tokens: int) -> panel.PanelSchedule:
     return panel.PanelSchedule(v, LANES, vectors, tokens, min(v, vectors * LANES))
 
 
-def row_schedule(vectors: int, half: bool = False) -> QuadShape:
-    """The register tile of a quad with so many vectors of tokens, which hold twice as many in float16."""
-    return HalfShape(2 * LANES, vectors, _SPREAD) if half else QuadShape(LANES, vectors, _SPREAD)
+def row_schedule(vectors: int, kernel: str = "rows") -> QuadShape:
+    """The register tile of a quad with so many vectors of tokens, for one of the row kernels."""
+    if kernel == HALF:
+        return HalfShape(2 * LANES, vectors, _SPREAD)
+    return QuadShape(2 * LANES, vectors, "load") if kernel == SVE else QuadShape(LANES, vectors, _SPREAD)
 
 
-def row_level(level: ArmLevel, half: bool) -> ArmLevel:
-    """The numbers that calls of the row kernel are cut by."""
-    return replace(level, lanes=2 * LANES) if half else level
+def row_level(level: ArmLevel, kernel: str) -> ArmLevel:
+    """The numbers that calls of a row kernel are cut by, and the target that it is compiled for."""
+    if kernel == SVE:
+        return replace(level, lanes=2 * LANES, options=(_SVE_256,))
+    return replace(level, lanes=2 * LANES) if kernel == HALF else level
 
 
 def panel_tile(v: int, tokens: int) -> int:
@@ -104,44 +112,44 @@ class LinearWeight:
     Attributes:
         level: of the schedules.
         shape: O and I.
-        packed: quads of the kernels `rows` and `rows_half`, or panels, of which a dense weight keeps all columns.
+        packed: quads of the row kernels, or panels, of which a dense weight keeps all columns.
         arrays: the same as the kernel takes them.
-        half: whether it is packed for `rows_half`.
+        kernel: of the candidate.
     """
 
     level: ArmLevel
     shape: tuple[int, int]
     packed: QuadWeight | PanelWeight
     arrays: Arrays
-    half: bool = False
+    kernel: str
 
     @classmethod
     def pack(cls, level: ArmLevel, caches: Caches, candidate: Candidate, weight: Tensor) -> LinearWeight:
-        """Pack a weight `[O, I]` for a candidate: `dense`, `rows`, `rows_half` or `panel`.
+        """Pack a weight `[O, I]` for a candidate: `dense`, `rows`, `rows_half`, `rows_sve` or `panel`.
 
         Raises:
             ValueError: there is no such kernel, or the weight has values that float16 cannot hold.
         """
         shape = int(weight.shape[0]), int(weight.shape[1])
-        if candidate.kernel in ("rows", HALF):
-            half = candidate.kernel == HALF
-            packing = schedules.row_packing(row_level(level, half), shape, caches.l1, int(weight.count_nonzero()))
+        kernel = candidate.kernel
+        if kernel in ROW_KERNELS:
+            packing = schedules.row_packing(row_level(level, kernel), shape, caches.l1, int(weight.count_nonzero()))
             quads = QuadWeight.pack(weight, **packing)
             values, *others = rows.weights(quads)
-            if half:
+            if kernel == HALF:
                 largest = float(np.abs(values).max(initial=0))
                 if not largest <= float(np.finfo(np.float16).max):
                     raise ValueError(f"a weight of {largest:g} is more than float16 holds; leave the dtype float32")
                 values = values.astype(np.float16)
-            return cls(level, shape, quads, (values, *others), half)
-        if candidate.kernel not in ("dense", "panel"):
-            raise ValueError(f"there is no ARM kernel {candidate.kernel!r}")
+            return cls(level, shape, quads, (values, *others), kernel)
+        if kernel not in ("dense", "panel"):
+            raise ValueError(f"there is no ARM kernel {kernel!r}")
         v = DENSE_V if candidate.is_dense else dict(candidate.params)["v"]
         weight = weight.detach().float()
         full = candidate.is_dense
         panels = PanelWeight.full(weight, v) if full else PanelWeight.pack(weight, v, signed_zeros=False)
         # The stored width of a panel is the same for all tiles.
-        return cls(level, shape, panels, tuple(panel.weights(panels, panel_schedule(v, 1).width)))
+        return cls(level, shape, panels, tuple(panel.weights(panels, panel_schedule(v, 1).width)), kernel)
 
     def call(self, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
         """Cut a call.
@@ -163,13 +171,13 @@ class LinearWeight:
         return SiteCall(Call(source, self.arrays, dims, cut.items, panel.SCRATCH_FLOATS, cut.group))
 
     def _rows(self, packed: QuadWeight, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
-        cut = schedules.row_call(row_level(self.level, self.half), tokens, self.shape, threads)
-        shape = row_schedule(cut.variant, self.half)
+        level = row_level(self.level, self.kernel)
+        cut = schedules.row_call(level, tokens, self.shape, threads)
+        shape = row_schedule(cut.variant, self.kernel)
         block_floats = packed.block * shape.tile
         dims = (tokens, self.shape[1], self.shape[0], packed.blocks, block_floats, packed.chunk, cut.splits)
         scratch = rows.scratch_floats(self.shape[1], packed.chunk, shape)
-        name = f"{HALF if self.half else 'rows'}_{cut.variant}"
-        source = _source(self.level, name, shape, epilogue, lambda: rows.build(shape, epilogue))
+        source = _source(level, f"{self.kernel}_{cut.variant}", shape, epilogue, lambda: rows.build(shape, epilogue))
         return SiteCall(Call(source, self.arrays, dims, cut.items, scratch, shape.tile))
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from sparsecomp.kernels import depthwise, panel, rows, tir
 from sparsecomp.kernels.epilogue import Epilogue
-from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, cpu, cpu_names
-from sparsecomp.targets.arm.kernels import HALF, PANEL_TILES, panel_schedule, row_schedule
+from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmLevel, cpu, cpu_names
+from sparsecomp.targets.arm.kernels import HALF, PANEL_TILES, SVE, panel_schedule, row_level, row_schedule
 
 LEAST_LLVM = 19
 _ITERATIONS = 200
@@ -97,19 +97,20 @@ def measure(body: list[str], cpu_name: str) -> Loop:
 
 
 def multiply_adds(body: list[str]) -> int:
-    """Multiply-adds of whole vectors among instructions: four lanes, or eight of float16."""
-    return sum(bool(re.match(r"\s+fmla\s+v\d+\.(4s|8h)", line)) for line in body)
+    """Multiply-adds among instructions, in units of 128 bits: four lanes, or eight of float16; of SVE two such."""
+    neon = sum(bool(re.match(r"\s+fmla\s+v\d+\.(4s|8h)", line)) for line in body)
+    return neon + 2 * sum(bool(re.match(r"\s+fm(la|ad)\s+z\d+\.s", line)) for line in body)
 
 
 def loops_of(name: str) -> dict[str, Loop]:
     """The inner loops of the kernels for a CPU: `rows_V.shared`, `rows_V.own`, `panel_V_T`, `depthwise_V`.
 
-    With `rows_half_V` for CPUs that multiply float16.
+    With `rows_half_V` for CPUs that multiply float16, and `rows_sve_V` for those with SVE.
     """
-    target = cpu(name).level.tvm_target
+    level = cpu(name).level
 
-    def loops(function: Any) -> list[tuple[int, list[str]]]:
-        assembly = tir.compile_object(function, "kernel", target)[1]
+    def loops(function: Any, level: ArmLevel = level) -> list[tuple[int, list[str]]]:
+        assembly = tir.compile_object(function, "kernel", level.tvm_target)[1]
         return [(multiply_adds(body), body) for body in inner_loops(assembly)]
 
     def once(found: tuple[int, list[str]], least: int) -> Loop:
@@ -122,13 +123,14 @@ def loops_of(name: str) -> dict[str, Loop]:
         return Loop(least, round(loop.instructions / times), loop.cycles / times)
 
     result: dict[str, Loop] = {}
-    for half in (False, True) if cpu(name).half else (False,):
+    for kernel in ("rows", *[HALF] * cpu(name).half, *[SVE] * cpu(name).sve):
+        units = 2 if kernel == SVE else 1
         for vectors in range(1, ROW_VECTORS + 1):
             # The loop over columns that two rows share comes first in the text.
-            found = [entry for entry in loops(rows.build(row_schedule(vectors, half), Epilogue())) if entry[0]]
-            stem = f"{HALF if half else 'rows'}_{vectors}"
-            result[f"{stem}.shared"] = once(found[0], 8 * vectors)
-            result[f"{stem}.own"] = once(found[1], 4 * vectors)
+            function = rows.build(row_schedule(vectors, kernel), Epilogue())
+            found = [entry for entry in loops(function, row_level(level, kernel)) if entry[0]]
+            result[f"{kernel}_{vectors}.shared"] = once(found[0], 8 * vectors * units)
+            result[f"{kernel}_{vectors}.own"] = once(found[1], 4 * vectors * units)
     for v, tiles in PANEL_TILES.items():
         for tokens in tiles:
             schedule = panel_schedule(v, tokens)

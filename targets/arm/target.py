@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsecomp.targets.arm import calibration, cost
 from sparsecomp.targets.arm.cpu import ArmCpu, cpu_names, unfit
 from sparsecomp.targets.arm.cpu import cpu as named
-from sparsecomp.targets.arm.kernels import HALF, PANEL_TILES
+from sparsecomp.targets.arm.kernels import HALF, PANEL_TILES, ROW_KERNELS, SVE
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts, label_of
 from sparsecomp.window import Window
 
@@ -33,7 +33,7 @@ class ArmTarget(Target):
 
     dtypes = (torch.float32,)
     calibration = ""  # which one counts, see `calibration.load`
-    cautions: Mapping[str, float] = {"rows": 1.25, HALF: 1.25, "panel": 1.25, "conv": 1.25}
+    cautions: Mapping[str, float] = {"rows": 1.25, HALF: 1.25, SVE: 1.25, "panel": 1.25, "conv": 1.25}
     """Nobody has timed the kernels on the CPU, and the count knows no misses of the L1 cache and no mispredicted
     branch, of which sparse kernels have more than dense ones: without a board's measurements they have to be this much
     better."""
@@ -61,6 +61,8 @@ class ArmTarget(Target):
         single = label_of(facts, 1, allowed)
         if single is not None:
             found.append(Candidate("rows", single))
+            if self.cpu.sve:
+                found.append(Candidate(SVE, single))
         if self._half:
             found.append(Candidate(HALF, single or DENSE.pattern))
         for v in PANELS:
@@ -81,9 +83,7 @@ class ArmTarget(Target):
 
     def predict(self, candidate: Candidate, problem: Problem) -> float:
         """See `Target.predict`."""
-        if (
-            candidate.kernel in ("rows", HALF) and problem.tokens < _LEAST_ROW_TOKENS
-        ) or problem.dtype != torch.float32:
+        if (candidate.kernel in ROW_KERNELS and problem.tokens < _LEAST_ROW_TOKENS) or problem.dtype != torch.float32:
             return float("inf")
         if problem.tokens == 0:
             return 0.0
@@ -116,6 +116,6 @@ class ArmTarget(Target):
         """See `Target.packed_bytes`."""
         if candidate.kernel == HALF:
             return 4 * facts.nonzeros + 32 * -(-facts.out_features // 4)
-        if candidate.kernel in ("rows", "conv"):
+        if candidate.kernel in ("rows", SVE, "conv"):
             return 6 * facts.nonzeros + 32 * -(-facts.out_features // 4)
         return super().packed_bytes(candidate, facts, dtype)
