@@ -21,6 +21,7 @@ from sparsecomp.frontends.onnx import build
 from sparsecomp.frontends.onnx_apply import Replacement, apply
 from sparsecomp.frontends.onnx_fallback import OLDEST_OPSET, Variant
 from sparsecomp.frontends.onnx_half import widen
+from sparsecomp.frontends.onnx_left import reshape_left
 from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_module import OnnxModule
 from sparsecomp.frontends.onnx_norm import fold_norm
@@ -78,6 +79,7 @@ def inspect(
     parsed, target = _options(options)
     loaded = load(model)
     widened = widen(loaded)
+    reshape_left(loaded, shapes)
     report = _report(loaded, plan_sites(loaded, parsed, target, shapes), target)
     report.notes += [_WIDENED] if widened else []
     return report
@@ -140,6 +142,7 @@ def optimize(
     if wish.calibration and shapes is None:
         shapes = {name: tuple(value.shape) for name, value in wish.calibration[0].items()}
     skipped = [] if skip is None else _skip(loaded, skip, wish.calibration, shapes)
+    lefts = reshape_left(loaded, shapes)
     planned = plan_sites(loaded, parsed, target, shapes)
     chosen_under = None
     if budget is not None or (parsed.plan is not None and any(choice.prune for choice in parsed.plan)):
@@ -151,6 +154,8 @@ def optimize(
         report.plan = with_budget(report.plan, chosen_under)
     chosen = [item for item in planned if not item.choice.chosen.is_dense]
     variants = apply(loaded, [_replacement(item, level) for item in chosen])
+    for left in lefts:
+        left.put_back()
     if not variants and not skipped and chosen_under is None:
         loaded = given
     loaded.metadata_props[PLAN_KEY] = report.plan.to_json()

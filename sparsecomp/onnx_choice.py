@@ -67,7 +67,8 @@ def found_sites(overlays: Sequence[Overlay]) -> Iterator[tuple[Overlay, Site, We
             taken[site.name] = taken.get(site.name, 0) + 1
             if taken[site.name] > 1:
                 site.name = f"{site.name}#{taken[site.name]}"
-            known = not site.weight.is_meta and site.weight.ndim >= 2 and site.weight.numel() > 0
+            fits = site.weight.ndim == 2 if isinstance(site, LinearSite) else site.weight.ndim > 2
+            known = not site.weight.is_meta and fits and site.weight.numel() > 0
             yield overlay, site, facts_of(site.weight, site.transposed) if known else None
 
 

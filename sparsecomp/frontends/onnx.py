@@ -215,7 +215,20 @@ class _Builder:
             found = self._on_the_left(left, right)
             if found is not None:
                 return found
-        return _Call("matmul", (self._operand(left), self._operand(right)))
+        flat = self._as_matrix(right, len(self.operation(left).shape))
+        hides = () if flat is None else (self._operand(right),)
+        return _Call("matmul", (self._operand(left), flat or self._operand(right)), hides=hides)
+
+    def _as_matrix(self, weight: ir.Value, rank: int) -> str | None:
+        """A constant `[1, ..., I, O]` as the matrix that it is beside an operand of as many dimensions or more."""
+        if not self._constants.is_constant(weight):
+            return None
+        shape = self._constants.shape_and_type(weight)[0]
+        if not 2 < len(shape) <= rank or any(size != 1 for size in shape[:-2]):
+            return None
+        array = self._constants.array(weight)
+        assert array is not None
+        return self._derive(f"{weight.name}~matrix", array.reshape(shape[-2:]), _path(self._constants.name(weight)))
 
     def _on_the_left(self, weight: ir.Value, x: ir.Value) -> _Call | None:
         """`W @ x` with x of `[N, I, L]`: a convolution over L with windows of one, whose channels come first."""

@@ -342,8 +342,6 @@ def test_a_constant_on_the_left(tmp_path: Path) -> None:
     nodes = [node("MatMul", "w x", "h"), node("Add", "h b", "y")]
     constants = {"w": weight, "b": np.arange(50, dtype=np.float32)}
     check(cases.model_of(nodes, {"x": ["n", 40, 50]}, constants), tmp_path, 1, feeds)
-    (choice,) = inspected(cases.model_of([node("MatMul", "w x", "y")], {"x": [40, "n"]}, {"w": weight}))
-    assert "left" in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -393,6 +391,45 @@ def test_convolutions_take_normalisation_residual_and_activation(first: bool, tm
         cases.check_everywhere(model, output, {"x": generator.standard_normal(shape).astype(np.float32)})
 
 
+@pytest.mark.parametrize("shape", [(40, "n"), (2, 3, 40, "n"), ("b", 3, 40, 5), ("b", "c", 40, 5)])
+def test_a_constant_on_the_left_of_any_rank(shape: tuple[int | str, ...], tmp_path: Path) -> None:
+    """Behind it an activation; some sizes may be open, as long as a reshape can find them out."""
+    model = cases.model_of([node("MatMul", "w x", "h"), node("Relu", "h", "y")], {"x": shape}, {"w": W.T.copy()})
+    found = int(sum(isinstance(size, str) for size in shape) == 1)
+    output, report = cases.optimized(model, tmp_path)
+    assert len(report.rewritten) == found
+    library = sparsecomp.onnx.library_of(output) if found else None
+    x = (
+        np.random.default_rng(6)
+        .standard_normal([4 if isinstance(size, str) else size for size in shape])
+        .astype(np.float32)
+    )
+    for session in (cases.session(output), cases.session(output, library)):
+        cases.close(session.run(None, {"x": x})[0], cases.session(model).run(None, {"x": x})[0])
+
+
+def test_a_product_that_stays_dense_is_written_as_it_was(tmp_path: Path) -> None:
+    nodes = [node("MatMul", "x v", "h"), node("Transpose", "h", "t", perm=[1, 0]), node("MatMul", "w t", "y")]
+    model = cases.model_of(nodes, {"x": ["n", 40]}, {"v": W, "w": np.ones((7, 24), np.float32)})
+    output, report = cases.optimized(model, tmp_path)
+    assert len(report.rewritten) == 1
+    assert [item.op_type for item in onnx.load(output).graph.node][1:] == ["Transpose", "MatMul"]
+
+
+def test_a_matrix_in_a_batch_of_one(tmp_path: Path) -> None:
+    model = cases.model_of([node("MatMul", "x w", "y")], {"x": ["b", "n", 40]}, {"w": W[None]})
+    output, report = cases.optimized(model, tmp_path)
+    assert len(report.rewritten) == 1
+    x = np.random.default_rng(6).standard_normal((2, 3, 40)).astype(np.float32)
+    cases.close(cases.session(output).run(None, {"x": x})[0], x @ W)
+
+
+def test_several_matrices_stay_dense() -> None:
+    weights = np.stack([W, W])
+    (choice,) = inspected(cases.model_of([node("MatMul", "x w", "y")], {"x": [2, "n", 40]}, {"w": weights}))
+    assert "a matrix is expected" in choice.reason
+
+
 # -- what stays dense ---------------------------------------------------------------------------------------------
 
 
@@ -406,7 +443,7 @@ def test_reasons() -> None:
             {"x": ["n", 40]},
             {"w": short},
         ),
-        "on the left": cases.model_of([node("MatMul", "w x", "y")], {"x": [24, "n"]}, {"w": W}),
+        "on the left": cases.model_of([node("MatMul", "w x", "y")], {"x": ["b", 2, 24, "n"]}, {"w": W}),
     }
     for expected, model in models.items():
         (choice,) = inspected(model)
