@@ -36,7 +36,7 @@ from sparsecomp import Pattern, Plan
 from sparsecomp.planner.knapsack import Item, solve
 from sparsecomp.planner.plan import SiteChoice
 from sparsecomp.planner.quality import mean_loss
-from sparsecomp.planner.select import groups_of
+from sparsecomp.planner.select import fastest, groups_of, least_us
 from sparsecomp.planner.sensitivity import Estimate, Wanted, estimate
 from sparsecomp.planning import DEFAULT_PATTERNS
 from sparsecomp.pruning.calibration import as_calls, calibrating
@@ -179,11 +179,11 @@ def compare_speed(subject: Subject, rounds: int, results: Results) -> None:
     """Predicted and measured speed-up along the front."""
     plan = subject.plan()
     assert plan.summary is not None
-    fastest = plan.summary.rest_us + sum(group.fastest.us for group in groups_of(plan))
+    least = least_us(plan)
     dense_us = plan.summary.dense_us
     worst, details = 0.0, {}
     for share in SHARES:
-        chosen = plan.replan(max_latency=1e-6 * (dense_us + share * (fastest - dense_us)) * (1 + 1e-9))
+        chosen = plan.replan(max_latency=1e-6 * (dense_us + share * (least - dense_us)) * (1 + 1e-9))
         assert chosen.summary is not None
         timings = time_models(subject, True, {"planned": chosen}, rounds)
         predicted, measured = chosen.summary.speedup, timings.speedup("planned", over="dense")
@@ -198,7 +198,9 @@ def compare_budgets(subject: Subject, rounds: int, results: Results) -> None:
     plan, tuned = subject.plan(), subject.plan(measured=True)
     assert tuned.summary is not None
     cost = {(g.name, o.prune): o.us for g in groups_of(tuned) for o in g.options}
-    most = sum(group.fastest.loss for group in groups_of(plan))
+    unlimited = fastest(plan).summary
+    assert unlimited is not None
+    most = unlimited.estimated_loss
     numbers = random.Random(0)
     kernels, whole = [], []
     for number in range(BUDGETS):

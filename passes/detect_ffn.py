@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from sparsecomp.blocks import FfnSite
+from sparsecomp.blocks import UNNAMED, FfnSite
 from sparsecomp.ir import ACTIVATIONS, LinearSite, Operation, SparseGraph
 from sparsecomp.passes.base import Pass, PassResult
 from sparsecomp.passes.fuse_epilogue import hazard
@@ -221,4 +221,4 @@ def _name(linears: list[LinearSite]) -> str:
     """The module that holds the linears: the common beginning of their qualified names."""
     paths = [linear.name.partition("#")[0].split(".")[:-1] for linear in linears]
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-    return ".".join(parts[0] for parts in shared) or "ffn"
+    return ".".join(parts[0] for parts in shared) or UNNAMED

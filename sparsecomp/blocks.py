@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from sparsecomp.ir import IRError, LinearSite, SparseGraph
 
+UNNAMED = "ffn"
+"""What a block is called whose linears no module holds but the model itself."""
+
 
 @dataclass(eq=False)
 class FfnSite:

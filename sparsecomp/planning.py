@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from sparsecomp.blocks import UNNAMED
 from sparsecomp.dryrun import explain
 from sparsecomp.log import log
 from sparsecomp.options import Options
@@ -20,15 +21,19 @@ from sparsecomp.planner.budget import Budget, Summary, milliseconds
 from sparsecomp.planner.plan import Option, Plan, SiteChoice
 from sparsecomp.planner.pricing import Pricer, model_us, scaled
 from sparsecomp.planner.quality import Quality, describe, mean_loss
-from sparsecomp.planner.select import groups_of, mildest, module_name, select
+from sparsecomp.planner.select import fastest, mildest, module_name, select
 from sparsecomp.planner.sensitivity import Estimate, estimate
+from sparsecomp.planner.skips import SkipForm
 from sparsecomp.pruning.batchnorm import FollowingNorms
 from sparsecomp.pruning.calibration import Call, as_calls, calibrating
 from sparsecomp.pruning.criterion import Criterion, criterion_named
 from sparsecomp.pruning.sites import FilterFn, Site, choose_sites
 from sparsecomp.pruning.sparsify import sparsify_
+from sparsecomp.skipping.calibrate import calibrate_forms
 from sparsecomp.skipping.emulate import emulate
-from sparsecomp.skipping.offers import Offer, can_skip, check_rates, cost_of, offer_skips, skip_costs
+from sparsecomp.skipping.forms import SkipPlan
+from sparsecomp.skipping.offers import Offer, can_skip, cost_of, offer_skips, parse_forms, skip_costs
+from sparsecomp.skipping.sites import FFN, find_ffns
 from sparsecomp.targets.base import Target
 from sparsecomp.targets.skip import FEW_TOKENS
 
@@ -46,6 +51,9 @@ DEFAULT_PATTERNS = (
     "16x1@0.5",
 )
 """What a layer may be pruned to if nothing else is said."""
+
+DEFAULT_SKIPS = ("relu", "threshold:0.25", "threshold:0.4", "threshold:0.5", "input:0.25", "input:0.4", "input:0.5")
+"""Forms for `skips` that suit most models; `rsparse:P` takes long to fit, `block:T` has another T for every model."""
 
 HELD_OUT = 8
 """One of this many calibration batches is kept for measuring losses, where there are at least so many."""
@@ -71,7 +79,7 @@ def plan(
     max_latency: float | str | None = None,
     speedup: float | None = None,
     patterns: Iterable[str | Pattern] | None = None,
-    skips: Iterable[float] = (),
+    skips: Iterable[str | SkipForm] = (),
     criterion: str = "sparsegpt",
     inputs: Any = None,
     filter_fn: FilterFn | None = None,
@@ -99,9 +107,9 @@ def plan(
         speedup: over the dense model under Inductor, at least.
         patterns: what a layer may be pruned to, each with its share of zeros; `DEFAULT_PATTERNS` if None. To leave a
             layer as it is, is always an option.
-        skips: shares of its inputs that a linear may skip at run time, alone or on top of a pattern, such as
-            `[0.25, 0.4]`; none if empty. Only where the latency is of a call with few tokens, as in decoding: give its
-            `inputs`. The plan's `skips()` is then the option `skip` of the backend.
+        skips: forms in which linears and FFN blocks may skip at run time, alone or on top of a pattern, such as
+            `DEFAULT_SKIPS`; none if empty. Only where the latency is of a call with few tokens, as in decoding: give
+            its `inputs`. `calibrate_skips(pruned_model, calibration, plan)` gives the option `skip` of the backend.
         criterion: that the model will be pruned by, as in `sparsify_`.
         inputs: the batch whose latency counts; the first calibration batch if None.
         filter_fn: `(module, qualified_name) -> bool`, which layers may be pruned; all of them if None. Layers that
@@ -118,12 +126,12 @@ def plan(
     Raises:
         ValueError: there is not exactly one budget, it is bad or cannot be reached (the message says what can; under a
             quality budget something must be pruned or skipped), a pattern does not say how much to prune, there is no
-            calibration batch, no linear can skip though `skips` says so, a site cannot be pruned or has NaN in its
+            calibration batch, nothing can skip though `skips` says so, a site cannot be pruned or has NaN in its
             inputs, no site of the model can become faster, or the outputs cannot be compared.
     """
     budget = Budget.of(max_quality_loss, max_latency, speedup)
     wanted = as_patterns(DEFAULT_PATTERNS if patterns is None else patterns)
-    rates = check_rates(skips)
+    forms = parse_forms(skips)
     rule = criterion_named(criterion)
     model = getattr(model, "_orig_mod", model)  # below torch.compile
     sites = choose_sites(model, filter_fn)
@@ -132,7 +140,7 @@ def plan(
     resolved = Options.parse({"target": target, "autotune": autotune}).resolve_target()
     price = functools.partial(_priced, model, sites, timed, resolved, autotune)
     return under_budget(
-        model, batches, price, wanted, budget, skips=rates, criterion=rule, quality=quality, progress=progress
+        model, batches, price, wanted, budget, skips=forms, criterion=rule, quality=quality, progress=progress
     )
 
 
@@ -143,7 +151,7 @@ def under_budget(
     patterns: list[Pattern],
     budget: Budget,
     *,
-    skips: Sequence[float] = (),
+    skips: Sequence[SkipForm] = (),
     criterion: Criterion,
     quality: Quality | None,
     progress: bool | None,
@@ -248,7 +256,7 @@ class _Job:
         self._held = batches[::HELD_OUT] if enough else batches
         self._criterion, self._quality, self._bar = criterion, quality, bar
 
-    def options(self, priced: Priced, patterns: list[Pattern], rates: Sequence[float]) -> Plan:
+    def options(self, priced: Priced, patterns: list[Pattern], forms: Sequence[SkipForm]) -> Plan:
         """The plan with what every site could be pruned to; nothing is chosen yet."""
         first = next(iter(priced.sites.values()))
         probes = _as_many(self._model, first, self._held)
@@ -273,16 +281,25 @@ class _Job:
             with norms.moved():
                 return mean_loss(self._model, probes, outputs, self._quality)
 
-        skippers = [site for name, site in priced.sites.items() if rates and _can_skip(entries[name], priced)]
-        if rates and not skippers:
+        skippers = [site for name, site in priced.sites.items() if forms and _can_skip(entries[name], priced)]
+        if forms and not skippers:
             tokens = max(entry.tokens for site in entries.values() for entry in site)
             raise ValueError(
-                f"skips are for linears in float32 at up to {FEW_TOKENS} tokens, on a target with kernels for them; "
+                f"skips are for linears at up to {FEW_TOKENS} tokens, on a target with kernels for them; "
                 f"the call that the latency is of has {tokens} tokens: give inputs=... of one token"
             )
-        task = self._bar.add_task("estimating losses", total=len(priced.sites) + len(skippers))
+        ffns = _blocks_of(self._model, entries) if skippers else []
+        task = self._bar.add_task("estimating losses", total=len(priced.sites) + len(skippers) + len(ffns))
         may_skip = offer_skips(
-            self._model, self._used, skippers, rates, loss=loss, done=lambda: self._bar.advance(task)
+            self._model,
+            self._used,
+            skippers,
+            ffns,
+            forms,
+            entries=entries,
+            cost=cost,
+            loss=loss,
+            done=lambda: self._bar.advance(task),
         )
         for site in skippers:
             skipping[site.name, ""] = skip_costs(entries[site.name], _matrix(site), may_skip[site.name], cost)
@@ -309,7 +326,7 @@ class _Job:
                 place = entries[name].index(choice)
                 choice = _with_options(choice, estimates, [offers[name, item.prune][place] for item in estimates])
                 more = [
-                    replace(option, us=times[place], loss=option.loss + offer.loss, skip=offer.skip)
+                    replace(option, us=times[place], loss=option.loss + offer.loss, skip=offer.form)
                     for option in choice.options
                     for offer, times in skipping.get((name, option.prune), ())
                 ]
@@ -382,8 +399,11 @@ class _Job:
         pruned = copy.deepcopy(self._model)
         batches = [call.kwargs or call.args for call in self._used]
         sparsify_(pruned, plan, criterion=self._criterion.name, calibration=batches, progress=False)
-        with calibrating(pruned), emulate(pruned, plan.skips()):
-            return mean_loss(pruned, self._held, self._model, self._quality)
+        with calibrating(pruned):
+            forms = plan.skips()
+            skips = calibrate_forms(pruned, self._used, forms) if forms else SkipPlan()
+            with emulate(pruned, skips):
+                return mean_loss(pruned, self._held, self._model, self._quality)
 
 
 def _as_many(model: nn.Module, site: Site, calls: Sequence[Call]) -> list[Call]:
@@ -414,6 +434,16 @@ def _can_skip(entries: Sequence[SiteChoice], priced: Priced) -> bool:
     return all(can_skip(entry, priced.pricer.target) for entry in entries)
 
 
+def _blocks_of(model: nn.Module, entries: Mapping[str, Sequence[SiteChoice]]) -> list[FFN]:
+    """The FFN blocks that may be rewritten as a whole and all of whose linears are in the plan."""
+
+    def whole(ffn: FFN) -> bool:
+        found = [entry.block.partition("#")[0] for name in ffn.linears for entry in entries.get(name, [])]
+        return all(name in entries for name in ffn.linears) and set(found) == {ffn.name or UNNAMED}
+
+    return [ffn for ffn in find_ffns(model) if whole(ffn)]
+
+
 def _estimated(plan: Plan) -> float:
     assert plan.summary is not None
     return plan.summary.estimated_loss
@@ -421,7 +451,7 @@ def _estimated(plan: Plan) -> float:
 
 def _most(options: Plan) -> float:
     """The estimated loss of the fastest choice: allowing more changes nothing."""
-    return sum(group.fastest.loss for group in groups_of(options))
+    return _estimated(fastest(options))
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], wanted: float) -> float:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsecomp.blocks import FfnSite
+from sparsecomp.blocks import UNNAMED, FfnSite
 from sparsecomp.ir import LinearSite, SparseGraph
 from sparsecomp.options import Options
 from sparsecomp.planner.choose import MARGIN
 from sparsecomp.planner.plan import Prediction, SiteChoice
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.ffn_site import SkipForms
-from sparsecomp.runtime.skip_rates import skip_rate_of
+from sparsecomp.runtime.skip_rates import rest_of, skip_rate_of
 from sparsecomp.skipping import SkipChoice, SkipForm, SkipPlan
 from sparsecomp.targets.base import Candidate, Target
 from sparsecomp.targets.skip import FEW_TOKENS, SkipSpec
@@ -106,9 +106,11 @@ class _Planner:
         """See `plan_skips`."""
         for number, ffn in enumerate(self._graph.ffns):
             linears = tuple(self._planned[id(linear)] for linear in ffn.linears)
+            for planned in linears if ffn.declined is None else ():
+                planned.choice = replace(planned.choice, block=ffn.name)
             # Where nothing holds the linears but the model itself, the plan calls it by an empty name.
-            choice = self._plan.get(ffn.name) or (self._plan.get("") if ffn.name == "ffn" else None)
-            inputs = [self._plan.get(linear.name) for linear in ffn.linears]
+            choice = self._asked(ffn.name) or (self._plan.get("") if ffn.name == UNNAMED else None)
+            inputs = [self._asked(linear.name) for linear in ffn.linears]
             if choice is not None:
                 self._try(linears, choice.form, partial(self._ffn, ffn, linears, choice, number))
             elif any(inputs) and _one_op(ffn, inputs):
@@ -117,12 +119,16 @@ class _Planner:
                 relu = SkipChoice(ffn.name, SkipForm("relu"))
                 self._try(linears, relu.form, partial(self._ffn, ffn, linears, relu, number))
         for site in self._graph.sites:
-            choice = self._plan.get(site.name)
+            choice = self._asked(site.name)
             if choice is not None and isinstance(site, LinearSite) and id(site) not in self._taken:
                 planned = self._planned[id(site)]
                 self._try((planned,), choice.form, partial(self._linear, site, planned, choice))
         self._found.sort(key=lambda skip: self._graph.position(skip.site.anchor))
         return self._found
+
+    def _asked(self, name: str) -> SkipChoice | None:
+        """What the plan says of a module, whose calls are told apart by a suffix."""
+        return self._plan.get(name.partition("#")[0])
 
     def _try(self, linears: tuple[PlannedSite, ...], form: SkipForm, plan: Callable[[], PlannedSkip]) -> None:
         try:
@@ -144,8 +150,6 @@ class _Planner:
             site = planned.site
             if planned.chooser is None:
                 raise _Declined(f"{site.name} is {planned.choice.reason}")
-            if site.dtype != torch.float32:
-                raise _Declined(f"the kernels that skip take float32, {site.name} computes in {site.dtype}")
             if few and site.tokens > FEW_TOKENS and not site.dynamic:
                 raise _Declined(f"{site.tokens} tokens together keep nearly everything; up to {FEW_TOKENS} skip")
 
@@ -234,6 +238,8 @@ class _Planner:
         us = self._predicted(planned, kind, ffn)
         rate = skip_rate_of(site.weight)
         seen = "not run yet" if rate is None else f"{rate:.0%} skipped so far"
+        if (kept := rest_of(site.weight)) is not None:
+            seen += f"; takes the dense way for now, since keeping {kept:.0%} is not worth it"
         where = f" of {ffn.name}" if ffn is not None else ""
         reason = f"skips {skip.form}{where}, {seen}"
         prediction = Prediction(candidate, us, choice.dense_bytes)

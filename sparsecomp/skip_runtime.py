@@ -23,7 +23,7 @@ from sparsecomp.targets.skip import FEW_TOKENS
 if TYPE_CHECKING:
     from sparsecomp.skip_planning import PlannedSkip
 
-TOLERANCE = 1e-4
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """`verify`: the largest difference from the definition, relative to its largest value."""
 
 
@@ -38,7 +38,7 @@ def runtime_skip(skip: PlannedSkip, target: Target, verify: bool) -> tuple[Runti
         log.warning("%s does not skip: preparing it failed", skip.site.name, exc_info=True)
         return None, f"preparing {skip.form} failed with {type(error).__name__}: {error}"
     # Written so that a NaN counts as a difference.
-    if not found <= TOLERANCE:
+    if not found <= TOLERANCE[skip.linears[0].site.dtype]:
         reason = f"verify: {skip.form} differs from its definition by {found:.2g} of the largest value"
         log.error("%s does not skip: %s; please report this", skip.site.name, reason)
         return None, reason
@@ -75,13 +75,13 @@ def _difference(skip: PlannedSkip, runtime: RuntimeSkip) -> float:
     inputs, outputs = skip.forms.spec.sizes[0], skip.forms.spec.sizes[-1]
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(skip.linears[0].site.dtype)
 
     x = random(min(_tokens(skip), FEW_TOKENS), inputs)
     biases = [random(planned.site.out_features) if _has_bias(planned.site) else None for planned in skip.linears]
     residual = random(x.shape[0], outputs) if skip.site.residual is not None else None
     up = biases[1] if len(biases) == 3 else None
-    expected = _definition(skip, x, biases, residual).double()
+    expected = _definition(skip, x.float(), [_wide(bias) for bias in biases], _wide(residual)).double()
     given = runtime.run(x, (biases[0], up, biases[-1] if len(biases) > 1 else None), residual).double()
     scale = expected.abs().max().item()
     largest = (given - expected).abs().max().item()
@@ -89,10 +89,11 @@ def _difference(skip: PlannedSkip, runtime: RuntimeSkip) -> float:
 
 
 def _definition(skip: PlannedSkip, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
-    """What a site computes, by products with all of its weights."""
+    """What a site computes, in float32 by products with all of its weights."""
     spec, forms = skip.forms.spec, skip.forms
     linears = [planned.site for planned in skip.linears]
-    weights = [site.weight.detach().t() if site.transposed else site.weight.detach() for site in linears]
+    held = [site.weight.detach().float() for site in linears]
+    weights = [weight.t() if site.transposed else weight for site, weight in zip(linears, held, strict=True)]
     thresholds = spec.thresholds
 
     def product(place: int, value: Tensor) -> Tensor:
@@ -118,6 +119,10 @@ def _definition(skip: PlannedSkip, x: Tensor, biases: Sequence[Tensor | None], r
         hidden = hidden * up
     value = product(len(linears) - 1, _stays(hidden, thresholds[-1]) if by_input else hidden)
     return value if residual is None else value + residual
+
+
+def _wide(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float()
 
 
 def _stays(value: Tensor, thresholds: Tensor) -> Tensor:

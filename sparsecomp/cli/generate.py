@@ -38,7 +38,7 @@ def generate(
     """Time a language model's `generate` under Inductor and under the sparse backend, with each form of skipping."""
     with errors_for_people():
         set_threads(threads)
-        from sparsecomp.skipping.forms import SkipForm
+        from sparsecomp.planner.skips import SkipForm
         from sparsecomp.skipping.generate import CACHES
 
         # What the user gave is checked before a large model is loaded.

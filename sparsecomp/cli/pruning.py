@@ -29,9 +29,10 @@ def plan(
         list[str] | None, typer.Option(help="What a layer may be pruned to; may be given several times.")
     ] = None,
     skip: Annotated[
-        list[float] | None,
+        list[str] | None,
         typer.Option(
-            help="Share of inputs that a layer may skip at run time; several times. Latencies are then of one token."
+            help="What may skip at run time, such as 'input:0.4' or 'threshold:0.4'; several times. Latencies are then "
+            "of one token."
         ),
     ] = None,
     criterion: Annotated[str, typer.Option(help="What the model will be pruned by.")] = "sparsegpt",

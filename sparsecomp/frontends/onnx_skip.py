@@ -21,8 +21,8 @@ from sparsecomp.blocks import FfnSite
 from sparsecomp.frontends.onnx import Overlay
 from sparsecomp.frontends.onnx_module import Sessions
 from sparsecomp.passes import DetectConv, DetectFfn, DetectLinear, FuseEpilogue, run_passes
+from sparsecomp.planner.skips import SkipForm
 from sparsecomp.skipping.block import LAST, required_participants, simulate
-from sparsecomp.skipping.forms import SkipForm
 
 SKIP_OPSET = 13
 """From this opset on blocks are skipped: sums take their axes as an input."""

@@ -1,12 +1,13 @@
 """The multiple-choice knapsack: of every class one item, least value in sum under a limit on the sum of weights.
 
 Solved exactly as a mixed-integer linear program (Sinha and Zoltners 1979, "The multiple-choice knapsack problem",
-eq. 1 to 4), by HiGHS through SciPy.
+eq. 1 to 4), by HiGHS through SciPy. Items of several classes may belong together: all of these classes take one of
+them, or none does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,10 +30,13 @@ class Item:
     Attributes:
         value: what is minimised in sum, not negative.
         weight: what is limited in sum, not negative.
+        bond: where an item of a bond is picked, every class that has items of this bond takes one of them; None: the
+            item goes with all others.
     """
 
     value: float
     weight: float
+    bond: Hashable = None
 
 
 def solve(classes: Sequence[Sequence[Item]], limit: float) -> list[int] | None:
@@ -43,36 +47,45 @@ def solve(classes: Sequence[Sequence[Item]], limit: float) -> list[int] | None:
         limit: of the summed weights.
 
     Returns:
-        The place of the picked item in every class; None if even the lightest items are heavier than the limit. Where
-        classes are so many that the optimum is not proven within `TIME_LIMIT_S`, the best choice that was found.
+        The place of the picked item in every class; None if no choice keeps the limit. Where classes are so many that
+        the optimum is not proven within `TIME_LIMIT_S`, the best choice that was found.
     """
-    lightest = [_lightest(items) for items in classes]
+    lightest = [min(range(len(items)), key=lambda at: (items[at].weight, items[at].value)) for items in classes]
     if _weight(classes, lightest) > limit * (1 + _SLACK):
         return None
-    places = [_undominated(items) for items in classes]
-    freest = [kept[0] for kept in places]
-    if _weight(classes, freest) <= limit:
+    freest = [min(range(len(items)), key=lambda at: (items[at].value, items[at].weight)) for items in classes]
+    if _weight(classes, freest) <= limit and _keeps_bonds(classes, freest):
         return freest
+    places = [_undominated(items) for items in classes]
     picked = _milp([[items[at] for at in kept] for items, kept in zip(classes, places, strict=True)], limit)
     if picked is None:
-        return lightest
+        return lightest if _keeps_bonds(classes, lightest) else None
     return [kept[at] for kept, at in zip(places, picked, strict=True)]
-
-
-def _lightest(items: Sequence[Item]) -> int:
-    return min(range(len(items)), key=lambda at: (items[at].weight, items[at].value))
 
 
 def _weight(classes: Sequence[Sequence[Item]], picked: Sequence[int]) -> float:
     return sum(items[at].weight for items, at in zip(classes, picked, strict=True))
 
 
+def _keeps_bonds(classes: Sequence[Sequence[Item]], picked: Sequence[int]) -> bool:
+    """Whether of every bond all classes that have it take it, or none does."""
+    taken = {items[at].bond for items, at in zip(classes, picked, strict=True)} - {None}
+    return all(
+        item.bond not in taken or item.bond == items[at].bond
+        for items, at in zip(classes, picked, strict=True)
+        for item in items
+    )
+
+
 def _undominated(items: Sequence[Item]) -> list[int]:
-    """Places of the items that no other is at least as good as in both ways: least value first, lightest last."""
+    """Places of the items that no other of the same bond is at least as good as in both ways; least value first."""
     kept: list[int] = []
+    least: dict[Hashable, float] = {}
     for at in sorted(range(len(items)), key=lambda at: (items[at].value, items[at].weight)):
-        if not kept or items[at].weight < items[kept[-1]].weight:
+        item = items[at]
+        if item.weight < least.get(item.bond, float("inf")):
             kept.append(at)
+            least[item.bond] = item.weight
     return kept
 
 
@@ -81,22 +94,23 @@ def _milp(classes: Sequence[Sequence[Item]], limit: float) -> list[int] | None:
     values = np.array([item.value for items in classes for item in items])
     weights = np.array([item.weight for items in classes for item in items])
     # What every choice has in common only costs digits.
-    least = sum(items[-1].weight for items in classes)
-    weights -= np.repeat([items[-1].weight for items in classes], sizes)
-    room = limit - least
+    lightest = [min(item.weight for item in items) for items in classes]
+    weights -= np.repeat(lightest, sizes)
+    room = limit - sum(lightest)
     scale = max(room, float(weights.max()) / _SCALE, np.finfo(float).tiny)
     owner = np.repeat(np.arange(len(classes)), sizes)
     one_each = csr_array((np.ones(len(values)), (owner, np.arange(len(values)))), shape=(len(classes), len(values)))
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    if (together := _bonds(classes)) is not None:
+        constraints.append(LinearConstraint(together, 0, 0))
     starts = np.concatenate([[0], np.cumsum(sizes)])
     for tightened in (1.0, 1.0 - 1e-6):
+        limited = LinearConstraint(weights * (_SCALE / scale), -np.inf, room * tightened * (_SCALE / scale))
         result = milp(
             values / max(float(values.max()), np.finfo(float).tiny),
             integrality=np.ones(len(values)),
             bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(weights * (_SCALE / scale), -np.inf, room * tightened * (_SCALE / scale)),
-            ],
+            constraints=[*constraints, limited],
             options={"mip_rel_gap": 0.0, "time_limit": TIME_LIMIT_S},
         )
         if result.x is None:
@@ -106,3 +120,21 @@ def _milp(classes: Sequence[Sequence[Item]], limit: float) -> list[int] | None:
         if total <= room + _SLACK * limit:
             return chosen
     return None
+
+
+def _bonds(classes: Sequence[Sequence[Item]]) -> csr_array | None:
+    """Rows that are zero where of every bond each class takes as many items as the first that has it; None for none."""
+    members: dict[Hashable, dict[int, list[int]]] = {}
+    place = 0
+    for number, items in enumerate(classes):
+        for item in items:
+            if item.bond is not None:
+                members.setdefault(item.bond, {}).setdefault(number, []).append(place)
+            place += 1
+    pairs = [pair for by_class in members.values() for pair in pairwise(by_class.values())]
+    if not pairs:
+        return None
+    columns = [at for first, second in pairs for at in (*first, *second)]
+    rows = [row for row, (first, second) in enumerate(pairs) for _ in (*first, *second)]
+    signs = [sign for first, second in pairs for sign in (*[1.0] * len(first), *[-1.0] * len(second))]
+    return csr_array((signs, (rows, columns)), shape=(len(pairs), place))

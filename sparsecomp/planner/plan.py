@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.budget import Budget, Summary
 from sparsecomp.planner.reader import DocumentError, Reader, parse_json, read_text
-from sparsecomp.planner.skips import InputSkip, skip_dict, skip_plan
+from sparsecomp.planner.skips import SkipForm, read_form
 from sparsecomp.targets.base import DENSE, Candidate
 from sparsecomp.window import Maps, Window
 
 if TYPE_CHECKING:
     from sparsecomp.planner.pareto import Front
-    from sparsecomp.skipping.forms import SkipPlan
 
 PLAN_VERSION = 1
 FORMAT = "sparsecomp-plan"
@@ -64,14 +63,15 @@ class Option:
         us: microseconds of one call.
         loss: what it is estimated to add to the model's loss; the same in every entry of a module that runs more than
             once, whose weight is pruned for all of them.
-        skip: what it skips of its inputs beside, None for nothing; `us` is then of a call that skips.
+        skip: in which form it skips beside, None for nothing; `us` is then of a call that skips. A form of FFN blocks
+            is for all linears of the block together, which share its loss.
     """
 
     prune: str
     candidate: Candidate
     us: float
     loss: float
-    skip: InputSkip | None = None
+    skip: SkipForm | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class SiteChoice:
         options: what `prune` was chosen from, the weight as it is first; empty for a site that was not to be pruned.
         window: of a convolution, None for a linear.
         maps: that a convolution is called with, None for a linear.
-        skip: what a linear skips of its inputs at run time, where a call has few tokens; None for nothing.
+        skip: the form in which it skips at run time, where a call has few tokens; None for nothing.
+        block: name of the FFN block that it is a linear of, where that can skip as a whole; else empty.
     """
 
     name: str
@@ -116,7 +117,8 @@ class SiteChoice:
     options: tuple[Option, ...] = ()
     window: Window | None = None
     maps: Maps | None = None
-    skip: InputSkip | None = None
+    skip: SkipForm | None = None
+    block: str = ""
 
     def prediction(self, candidate: Candidate) -> Prediction | None:
         """The costs of a candidate, None if it was not considered."""
@@ -181,11 +183,12 @@ class SiteChoice:
                     **_candidate_dict(item.candidate),
                     "us": item.us,
                     "loss": item.loss,
-                    **skip_dict(item.skip),
+                    "skip": str(item.skip or ""),
                 }
                 for item in self.options
             ],
-            **skip_dict(self.skip),
+            "skip": str(self.skip or ""),
+            "block": self.block,
         }
 
     @classmethod
@@ -214,7 +217,8 @@ class SiteChoice:
             reason=reader.text("reason", ""),
             prune=_prune_text(reader.text("prune", ""), reader.place("prune")),
             options=reader.items("options", _option),
-            skip=InputSkip.read(reader.inner("skip")),
+            skip=read_form(reader, "skip"),
+            block=reader.text("block", ""),
         )
         reader.finish()
         return choice
@@ -260,9 +264,10 @@ class Plan:
         exact = (choice for choice in named if choice.tokens == tokens and choice.maps in (None, maps))
         return next(exact, named[0] if named else None)
 
-    def skips(self) -> SkipPlan:
-        """What linears skip of their inputs at run time: the option `skip` of the backend, and for `emulate`."""
-        return skip_plan(self.sites)
+    def skips(self) -> dict[str, SkipForm]:
+        """The forms in which FFN blocks and linears skip, by name; `calibrate_skips` finds their thresholds."""
+        chosen = [(site, site.skip) for site in self if site.skip is not None]
+        return {(site.block if form.of_block else site.name).partition("#")[0]: form for site, form in chosen}
 
     def replan(
         self,
@@ -462,7 +467,7 @@ def _option(value: Any, where: str) -> Option:
         candidate=_candidate(reader, finish=False),
         us=reader.number("us"),
         loss=reader.number("loss"),
-        skip=InputSkip.read(reader.inner("skip")),
+        skip=read_form(reader, "skip"),
     )
     reader.finish()
     return option

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sparsecomp.planner.budget import Budget, milliseconds
 from sparsecomp.planner.choose import MARGIN
 from sparsecomp.planner.knapsack import Item, solve
 from sparsecomp.planner.plan import Option, Plan, Prediction, SiteChoice
+from sparsecomp.planner.skips import SkipForm
 from sparsecomp.targets.base import DENSE, DEPTHWISE
 
 
@@ -19,15 +20,23 @@ class Group:
     Attributes:
         name: of the module.
         options: what the weight may be pruned to, as it is first; microseconds are those of all entries together.
+        block: name of the FFN block that it is in; empty for none.
     """
 
     name: str
     options: tuple[Option, ...]
+    block: str = ""
 
-    @property
-    def fastest(self) -> Option:
-        """The option of the lowest latency."""
-        return min(self.options, key=lambda option: (option.us, option.loss))
+    def bond(self, option: Option) -> tuple[str, SkipForm] | None:
+        """What options of several groups have in common that are chosen together or not at all.
+
+        Those are the forms in which a block skips as one. `block` is one of all blocks that take part: the others would
+        be skipped for other tokens without one of them.
+        """
+        form = option.skip
+        if form is None or not form.of_block:
+            return None
+        return ("" if form.kind == "block" else self.block), form
 
 
 def module_name(site: SiteChoice) -> str:
@@ -42,17 +51,19 @@ def groups_of(plan: Plan) -> list[Group]:
         ValueError: there is nothing, or the entries of one module do not offer the same.
     """
     merged: dict[str, list[Option]] = {}
+    blocks: dict[str, str] = {}
     for site in plan:
         if not site.options:
             continue
         name = module_name(site)
+        blocks[name] = site.block.partition("#")[0]
         known = merged.setdefault(name, [replace(option, us=0.0) for option in site.options])
         if [(o.prune, o.skip, o.loss) for o in known] != [(o.prune, o.skip, o.loss) for o in site.options]:
             raise ValueError(f"the entries of {name!r} in the plan offer different options")
         merged[name] = [replace(a, us=a.us + b.us) for a, b in zip(known, site.options, strict=True)]
     if not merged or plan.summary is None:
         raise ValueError("the plan holds no options to choose from: it was not made by sparsecomp.plan")
-    return [Group(name, tuple(options)) for name, options in merged.items()]
+    return [Group(name, tuple(options), blocks[name]) for name, options in merged.items()]
 
 
 def select(plan: Plan, budget: Budget) -> Plan:
@@ -78,7 +89,7 @@ def select(plan: Plan, budget: Budget) -> Plan:
         if picked is not None and not _channels_first(plan, _chosen(groups, picked)):
             picked = solve(items, left)
         if picked is None:
-            raise ValueError(_unreachable(plan, groups, budget))
+            raise ValueError(_unreachable(plan, budget))
     return with_choice(plan, budget, _chosen(groups, picked))
 
 
@@ -102,8 +113,18 @@ def replan(plan: Plan, budget: Budget) -> Plan:
 
 def mildest(plan: Plan) -> Plan:
     """The plan that prunes and loses least: the one option of the least estimated loss, or others that lose no more."""
-    losses = [option.loss for group in groups_of(plan) for option in group.options if option.prune or option.skip]
-    return select(plan, Budget("max_quality_loss", min(losses) * (1 + 1e-9)))
+    alone: list[float] = []
+    together: dict[Hashable, float] = {}
+    for group in groups_of(plan):
+        least: dict[Hashable, float] = {}
+        for option in group.options:
+            if (bond := group.bond(option)) is not None:
+                least[bond] = min(option.loss, least.get(bond, option.loss))
+            elif option.prune or option.skip:
+                alone.append(option.loss)
+        for shared, loss in least.items():
+            together[shared] = together.get(shared, 0.0) + loss
+    return select(plan, Budget("max_quality_loss", min([*alone, *together.values()]) * (1 + 1e-9)))
 
 
 def _chosen(groups: Iterable[Group], picked: Iterable[int]) -> dict[str, Option]:
@@ -139,25 +160,36 @@ def _channels_first(plan: Plan, chosen: Mapping[str, Option]) -> bool:
 
 
 def _items(groups: Iterable[Group], *, limit_loss: bool) -> list[list[Item]]:
-    return [[Item(o.us, o.loss) if limit_loss else Item(o.loss, o.us) for o in group.options] for group in groups]
+    return [
+        [Item(*((o.us, o.loss) if limit_loss else (o.loss, o.us)), bond=group.bond(o)) for o in group.options]
+        for group in groups
+    ]
+
+
+def fastest(plan: Plan) -> Plan:
+    """The plan of the lowest latency, whatever it loses."""
+    groups = groups_of(plan)
+    most = sum(max(option.loss for option in group.options) for group in groups)
+    picked = solve(_items(groups, limit_loss=True), most)
+    assert picked is not None
+    return with_choice(plan, plan.budget, _chosen(groups, picked))
 
 
 def least_us(plan: Plan) -> float:
     """Predicted microseconds of one call of the model with the fastest option everywhere."""
-    fastest = {group.name: group.fastest for group in groups_of(plan)}
-    summary = with_choice(plan, plan.budget, fastest).summary
+    summary = fastest(plan).summary
     assert summary is not None
     return summary.planned_us
 
 
-def _unreachable(plan: Plan, groups: list[Group], budget: Budget) -> str:
-    summary = plan.summary
+def _unreachable(plan: Plan, budget: Budget) -> str:
+    summary = fastest(plan).summary
     assert summary is not None
-    best = least_us(plan)
+    best = summary.planned_us
     return (
         f"a {budget} cannot be reached: with the fastest option everywhere the model is predicted to take "
         f"{milliseconds(best)} ({summary.dense_us / best:.2f} times as fast as the dense model's "
-        f"{milliseconds(summary.dense_us)}) at an estimated loss of {sum(g.fastest.loss for g in groups):.3g}; "
+        f"{milliseconds(summary.dense_us)}) at an estimated loss of {summary.estimated_loss:.3g}; "
         f"{milliseconds(summary.rest_us)} are spent outside of the layers that can be pruned"
     )
 

@@ -1,62 +1,84 @@
-"""What a plan lets a linear skip of its inputs at run time."""
+"""The forms in which a site may skip at run time, as plans name them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import dataclass
 
-from sparsecomp.planner.reader import DocumentError, Reader
+from sparsecomp.planner.reader import DocumentError, Reader, nearest
 
-if TYPE_CHECKING:
-    from sparsecomp.planner.plan import SiteChoice
-    from sparsecomp.skipping.forms import SkipPlan
+_PARAMETERS = {"relu": None, "threshold": 0.4, "input": 0.4, "block": 0.98, "rsparse": 0.4}
+"""The kinds, with an example of the parameter of each; None for one that has none."""
 
 
 @dataclass(frozen=True)
-class InputSkip:
-    """The small inputs of a linear are skipped where a call has few tokens (TEAL, see docs/skipping.md).
+class SkipForm:
+    """What a site may skip.
 
     Attributes:
-        rate: share of the inputs, as calibrated.
-        threshold: an input is read where it is larger in size.
+        kind: `relu` (exact zeros of the hidden layer; lossless), `threshold` (hidden units whose gate is small),
+            `input` (small inputs of a linear), `rsparse` (the same, with what is skipped approximated at low rank) or
+            `block` (whole FFN calls).
+        parameter: the share to skip, of `threshold`, `input` and `rsparse`, from 0 to below 1; of `block` the cosine
+            above which the next FFN is skipped; None for `relu`.
     """
 
-    rate: float
-    threshold: float
+    kind: str
+    parameter: float | None = None
 
-    def __str__(self) -> str:
-        return f"input:{self.rate:g}"
+    def __post_init__(self) -> None:
+        kinds = ", ".join(name if example is None else f"{name}:{example}" for name, example in _PARAMETERS.items())
+        if self.kind not in _PARAMETERS:
+            raise ValueError(f"unknown skip form {self.kind[:60]!r}{nearest(self.kind, _PARAMETERS)}; expected {kinds}")
+        if (example := _PARAMETERS[self.kind]) is None:
+            if self.parameter is not None:
+                raise ValueError(f"skip form {self.kind} takes no parameter, given {self.parameter:g}")
+            return
+        if self.parameter is None or not 0 <= self.parameter < 1:
+            given = "none" if self.parameter is None else f"{self.parameter:g}"
+            raise ValueError(
+                f"skip form {self.kind} needs a number from 0 to below 1, such as '{self.kind}:{example}', "
+                f"given {given}"
+            )
+
+    @property
+    def of_block(self) -> bool:
+        """Whether it is a form of FFN blocks, else of linears."""
+        return self.kind in ("relu", "threshold", "block")
 
     @classmethod
-    def read(cls, reader: Reader | None) -> InputSkip | None:
-        """Read what `skip_dict` gave; None for None.
+    def parse(cls, text: str | SkipForm) -> SkipForm:
+        """Read what `str` prints, such as `threshold:0.4` or `relu`.
 
         Raises:
-            DocumentError: it is not that.
+            ValueError: it is no form, with the nearest right one.
         """
-        if reader is None:
-            return None
-        skip = cls(reader.number("rate"), reader.number("threshold"))
-        reader.finish()
-        if skip.rate >= 1:
-            raise DocumentError(f"{reader.place('rate')}: expected a share below 1, given {skip.rate:g}")
-        return skip
+        if isinstance(text, SkipForm):
+            return text
+        kind, colon, number = text.strip().partition(":")
+        if not colon:
+            return cls(kind)
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"skip form {text[:60]!r}: expected a number behind the colon, such as 'threshold:0.4'")
+        return cls(kind, value)
+
+    def __str__(self) -> str:
+        # All digits: what is printed is read back.
+        return self.kind if self.parameter is None else f"{self.kind}:{repr(self.parameter).removesuffix('.0')}"
 
 
-def skip_dict(skip: InputSkip | None) -> dict[str, Any]:
-    """The field `skip` as JSON types; none where nothing is skipped."""
-    return {} if skip is None else {"skip": asdict(skip)}
+def read_form(reader: Reader, key: str) -> SkipForm | None:
+    """The form in a field of a document; None if the field is absent or empty.
 
-
-def skip_plan(sites: Iterable[SiteChoice]) -> SkipPlan:
-    """The skip plan of the entries of a plan, one for each module."""
-    # The forms of skipping know plans in their turn: they are read with the reader of plans.
-    from sparsecomp.planner.select import module_name
-    from sparsecomp.skipping.forms import SkipChoice, SkipForm, SkipPlan
-
-    found = {module_name(site): site.skip for site in sites if site.skip is not None}
-    return SkipPlan.of(
-        SkipChoice(name, SkipForm("input", skip.rate), skip.threshold, expected=skip.rate)
-        for name, skip in found.items()
-    )
+    Raises:
+        DocumentError: it is no form.
+    """
+    text = reader.text(key, "")
+    try:
+        return SkipForm.parse(text) if text else None
+    except ValueError as error:
+        raise DocumentError(f"{reader.place(key)}: {error}") from error

@@ -125,7 +125,8 @@ class RuntimeBlock:
         """How many blocks every row skips from here on."""
         if all(left):
             return [count - 1 for count in left]
-        cosines = functional.cosine_similarity(before.flatten(0, -2), after.flatten(0, -2), dim=-1).tolist()
+        one, other = before.flatten(0, -2).float(), after.flatten(0, -2).float()
+        cosines = functional.cosine_similarity(one, other, dim=-1).tolist()
         return [
             count - 1 if count else self._span if cosine > self._threshold else 0
             for count, cosine in zip(left, cosines, strict=True)

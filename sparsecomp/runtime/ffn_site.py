@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -16,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparsecomp.log import log
 from sparsecomp.runtime.failures import record_failure
 from sparsecomp.runtime.site import RuntimeSite
-from sparsecomp.runtime.skip_rates import count_skips
+from sparsecomp.runtime.skip_pays import REST, WINDOW, pays
+from sparsecomp.runtime.skip_rates import count_skips, note_rest
 from sparsecomp.runtime.weight_site import ACTIVATIONS
 from sparsecomp.targets.base import Target
 from sparsecomp.targets.skip import FEW_TOKENS, SkipKernel, SkipRows, SkipSpec
@@ -68,6 +70,9 @@ class _Here(threading.local):
     current: tuple[object, ...] = ()
     kernel: SkipKernel | None = None
     pause = 0
+    calls = 0
+    rest = 0
+    counted = (0, 0)
 
 
 class RuntimeSkip:
@@ -111,27 +116,80 @@ class RuntimeSkip:
             self._make_current().build(tokens, residual)
 
     def run(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
-        """The block for x of `[..., I]`, float32; the result is contiguous.
+        """The block for x of `[..., I]`; the result is contiguous.
 
         Args:
-            x: input.
+            x: input, float32 or bfloat16, which is widened before and narrowed after the kernels for few tokens.
             biases: of gate, up and down, or of the linear and twice None.
             residual: of the output's shape, or None.
         """
         tokens = x.numel() // self._inputs
-        kernel = self._kernel() if 0 < tokens <= FEW_TOKENS else None
-        if kernel is None:
+        here = self._here
+        if not 0 < tokens <= FEW_TOKENS:
             return self._many(x, biases, residual)
+        if here.rest:
+            here.rest -= 1
+            return self._dense(x, biases, residual)
+        kernel = self._kernel()
+        if kernel is None:
+            return self._dense(x, biases, residual)
+        out = self._few(kernel, x, biases, residual)
+        here.calls += 1
+        if here.calls >= WINDOW:
+            here.calls = 0
+            self._look(kernel, x, biases, residual)
+        return out
+
+    def _few(self, kernel: SkipKernel, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
+        if x.dtype != torch.float32:
+            wide = [None if value is None else value.float() for value in (*biases, residual)]
+            return self._few(kernel, x.float(), wide[:-1], wide[-1]).to(x.dtype)
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self._outputs)
         biases = [None if bias is None else bias.detach().contiguous() for bias in biases]
         residual = None if residual is None else residual.contiguous()
-        flat = x.view(tokens, self._inputs)
+        flat = x.view(-1, self._inputs)
         if self._forms.low_rank is not None:
             kernel.run(flat, biases, None, out)
             return self._with_low_rank(x, out, residual)
         kernel.run(flat, biases, residual, out)
         return out
+
+    def _look(self, kernel: SkipKernel, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> None:
+        """Take the dense way for a while where the last calls skipped too little to be worth it."""
+        here, tokens = self._here, x.numel() // self._inputs
+        stayed, seen = self._counted(kernel)
+        before, here.counted = here.counted, (stayed, seen)
+        if seen <= before[1]:
+            return  # another kernel counts now: its weights changed
+        kept = (stayed - before[0]) / (seen - before[1])
+        facts = [linear.facts for linear in self._linears]
+        sizes = tuple((own.out_features, own.in_features, round(own.density, 1)) for own in facts)
+        key = (sizes, self._spec.kind, x.dtype, residual is None, self._forms.low_rank is None)
+
+        def ways() -> list[Callable[[], object]]:
+            none, every = self._with_threshold(float("inf")), self._with_threshold(-1.0)
+            return [
+                lambda: self._dense(x, biases, residual),
+                lambda: self._few(none, x, biases, residual),
+                lambda: self._few(every, x, biases, residual),
+            ]
+
+        here.rest = 0 if pays(kept, tokens, key, ways) else REST
+        for linear in self._linears:
+            if (weight := linear.weight) is not None:
+                note_rest(weight, self.handle, kept if here.rest else None)
+
+    def _with_threshold(self, value: float) -> SkipKernel:
+        thresholds = tuple(torch.full_like(own, value) for own in self._spec.thresholds)
+        return self._target.prepare_skip(replace(self._spec, thresholds=thresholds), self._current_rows())
+
+    def _counted(self, kernel: SkipKernel) -> tuple[int, int]:
+        """What stayed and what was looked at so far, each linear by the size of what it reads for one of them."""
+        sizes = self._spec.sizes
+        heights = [1] if len(kernel.counters) == 1 else [sizes[1]] * (len(kernel.counters) - 1) + [sizes[-1]]
+        stayed, seen = (np.array(heights) @ kernel.counters[:, :2]).tolist()
+        return stayed, seen
 
     def _with_low_rank(self, x: Tensor, out: Tensor, residual: Tensor | None) -> Tensor:
         """R-Sparse (Zhang et al., arXiv:2504.19449, section 3): the inputs that were dropped go through low rank."""
@@ -143,6 +201,11 @@ class RuntimeSkip:
         return out if residual is None else out + residual
 
     # -- many tokens --------------------------------------------------------------------------------------------------
+
+    def _dense(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
+        if not self._spec.is_ffn:
+            return self._linears[0].run(x, biases[0], residual)
+        return self._linears[-1].run(self._hidden(x, biases), biases[2], residual)
 
     def _many(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
         if not self._spec.is_ffn:
@@ -171,7 +234,7 @@ class RuntimeSkip:
 
     def _by_tiles(self, hidden: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
         """The down projection of the units that are not zero for a whole tile; None if the first tile keeps many."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
+        flat = hidden.reshape(-1, hidden.shape[-1]).float()
         rows = self._linears[-1].form("by unit", lambda weight: weight.t().float().contiguous())
         out = torch.empty(flat.shape[0], self._outputs)
         for start in range(0, flat.shape[0], TILE):
@@ -183,7 +246,7 @@ class RuntimeSkip:
             torch.mm(tile.index_select(1, alive), rows.index_select(0, alive), out=part)
         out = out.view(*hidden.shape[:-1], self._outputs)
         out = out if bias is None else out.add_(bias.detach())
-        return out if residual is None else out.add_(residual)
+        return (out if residual is None else out.add_(residual)).to(hidden.dtype)
 
     # -- kernels ------------------------------------------------------------------------------------------------------
 
@@ -216,17 +279,20 @@ class RuntimeSkip:
 
     def _make(self) -> SkipKernel:
         spec = self._spec
-        rows: list[SkipRows] = []
-        for place, linear in enumerate(self._linears):
-            own = [self._rows(linear, self._by_input(place), half) for half in self._halves(place)]
-            rows += own if spec.fused != "up" else own[::-1]
-        kernel = self._target.prepare_skip(spec, rows)
+        kernel = self._target.prepare_skip(spec, self._current_rows())
         for place, linear in enumerate(self._linears):
             # Units are counted once, for all linears of the block.
             counters = kernel.counters[min(place + (place > 0 and bool(spec.fused)), len(kernel.counters) - 1)]
             if (weight := linear.weight) is not None:
                 count_skips(weight, self.handle, counters)
         return kernel
+
+    def _current_rows(self) -> list[SkipRows]:
+        rows: list[SkipRows] = []
+        for place, linear in enumerate(self._linears):
+            own = [self._rows(linear, self._by_input(place), half) for half in self._halves(place)]
+            rows += own if self._spec.fused != "up" else own[::-1]
+        return rows
 
     def _rows(self, linear: RuntimeSite, by_input: bool, half: int | None) -> SkipRows:
         def make(weight: Tensor) -> SkipRows:

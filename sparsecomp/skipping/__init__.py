@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sparsecomp.planner.skips import SkipForm
 from sparsecomp.skipping.calibrate import calibrate_skips
 from sparsecomp.skipping.emulate import SkipRates, emulate
-from sparsecomp.skipping.forms import SkipChoice, SkipForm, SkipPlan
+from sparsecomp.skipping.forms import SkipChoice, SkipPlan
 
 __all__ = ["SkipChoice", "SkipForm", "SkipPlan", "SkipRates", "calibrate_skips", "emulate"]

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecomp.planner.skips import SkipForm
 from sparsecomp.pruning.calibration import Call
 from sparsecomp.skipping.emulate import StreamOf
-from sparsecomp.skipping.forms import SkipChoice, SkipForm, SkipPlan
+from sparsecomp.skipping.forms import SkipChoice, SkipPlan
 from sparsecomp.skipping.sites import FFN
 
 LAST = 2
@@ -33,12 +34,14 @@ def calibrate_block(model: nn.Module, calls: Sequence[Call], form: SkipForm, ffn
     """
     cosines = block_cosines(model, calls, ffns)
     chosen = required_participants(cosines, form)
+    return SkipPlan.of(block_choices(cosines[:, chosen.start : chosen.stop], form, ffns[chosen.start : chosen.stop]))
+
+
+def block_choices(cosines: Tensor, form: SkipForm, ffns: Sequence[FFN]) -> list[SkipChoice]:
+    """The choices of all blocks that take part, with their cosines `[tokens, blocks]`."""
     threshold = form.parameter or 0.0
-    skipped = simulate(cosines[:, chosen.start : chosen.stop], threshold)
-    return SkipPlan.of(
-        SkipChoice(ffns[number].name, form, threshold, expected=float(share))
-        for number, share in zip(chosen, skipped, strict=True)
-    )
+    shares = simulate(cosines, threshold).tolist()
+    return [SkipChoice(ffn.name, form, threshold, expected=share) for ffn, share in zip(ffns, shares, strict=True)]
 
 
 def required_participants(cosines: Tensor, form: SkipForm) -> range:

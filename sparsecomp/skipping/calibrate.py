@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
+from sparsecomp.blocks import UNNAMED
 from sparsecomp.log import log
 from sparsecomp.planner.knapsack import Item, solve
+from sparsecomp.planner.plan import Plan
 from sparsecomp.planner.quality import FLOOR, Quality, mean_loss
+from sparsecomp.planner.skips import SkipForm
 from sparsecomp.pruning.calibration import Call, as_calls, calibrating
 from sparsecomp.pruning.sites import FilterFn
-from sparsecomp.skipping.block import calibrate_block
+from sparsecomp.skipping.block import block_choices, block_cosines, calibrate_block
 from sparsecomp.skipping.emulate import emulate
-from sparsecomp.skipping.forms import SkipChoice, SkipForm, SkipPlan
+from sparsecomp.skipping.forms import SkipChoice, SkipPlan
 from sparsecomp.skipping.lowrank import with_low_rank
 from sparsecomp.skipping.samples import sample_hidden, sample_inputs
 from sparsecomp.skipping.scores import RATES, Scores, ffn_scores, input_scores
-from sparsecomp.skipping.sites import FFN, find_ffns, find_input_groups
+from sparsecomp.skipping.sites import FFN, InputGroup, find_ffns, find_input_groups
 
 PROBE_CALLS = 1
 """The loss of one site is measured on so many calibration batches, the last ones: small batches are quicker."""
@@ -29,7 +32,7 @@ PROBE_CALLS = 1
 def calibrate_skips(
     model: nn.Module,
     calibration: Iterable[Any],
-    form: str | SkipForm,
+    form: str | SkipForm | Plan,
     *,
     filter_fn: FilterFn | None = None,
     layerwise: bool = True,
@@ -47,7 +50,9 @@ def calibrate_skips(
         model: a module of Hugging Face or of `torch.nn`; it is not changed.
         calibration: batches of model inputs, as for `sparsify_`.
         form: `relu`; `threshold:P` or `input:P` with the share P that is to be skipped on average; `rsparse:P`, which
-            is `input:P` with what is skipped approximated where that loses less; or `block:T`.
+            is `input:P` with what is skipped approximated where that loses less; or `block:T`. Or a plan of
+            `sparsecomp.plan`, that the model was pruned by: every site then gets the thresholds of the form that was
+            planned for it, and the arguments below have no meaning.
         filter_fn: `(module, qualified_name) -> bool`, asked for FFN blocks or linears; None means all FFN blocks, and
             the linears of the repeated blocks of the model.
         layerwise: whether rates may differ between layers; else every layer skips P, and only samples are taken.
@@ -58,12 +63,15 @@ def calibrate_skips(
         The plan, for `emulate` and for the option `skip` of the backend.
 
     Raises:
-        ValueError: the form is none, the model has no site for it, a site did not run or has NaN in its activations, or
-            the outputs cannot be compared.
+        ValueError: the form is none, the model has no site for it (or for the plan), a site did not run or has NaN in
+            its activations, or the outputs cannot be compared.
     """
-    wanted = SkipForm.parse(form)
     calls = as_calls(calibration)
     model = getattr(model, "_orig_mod", model)  # below torch.compile
+    if isinstance(form, Plan):
+        with calibrating(model):
+            return calibrate_forms(model, calls, form.skips())
+    wanted = SkipForm.parse(form)
     if wanted.kind in ("relu", "block"):
         with calibrating(model):
             ffns = _ffns(model, filter_fn)
@@ -113,6 +121,48 @@ def calibrate_rates(
         skip = with_low_rank if kind == "rsparse" else Scores.choices
         found.append(SkipPlan.of(choice for site, own in zip(sites, each, strict=True) for choice in skip(site, own)))
     return found
+
+
+def calibrate_forms(model: nn.Module, calls: Sequence[Call], forms: Mapping[str, SkipForm]) -> SkipPlan:
+    """Find thresholds for sites whose forms are known; run it inside `calibrating(model)`.
+
+    Args:
+        model: as it will run, so pruned where it is to be.
+        calls: calibration batches.
+        forms: by name of the FFN block or of the linear.
+
+    Raises:
+        ValueError: the model has no such site, or one did not run or gave NaN or infinity.
+    """
+    linears = {name: form for name, form in forms.items() if not form.of_block}
+    modules = dict(model.named_modules())
+    groups = []
+    for name, form in linears.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{name!r} is to skip {form}, but is no nn.Linear of {type(model).__name__}")
+        groups.append(InputGroup((name,), (module,)))
+    ffns = {ffn.name or UNNAMED: ffn for ffn in find_ffns(model)}
+    if unknown := [name for name, form in forms.items() if form.of_block and name not in ffns]:
+        raise ValueError(
+            f"{unknown[0]!r} is to skip {forms[unknown[0]]}, but is no FFN block of {type(model).__name__}"
+        )
+    found: list[SkipChoice] = []
+    for group, sample in zip(groups, sample_inputs(model, calls, groups) if groups else [], strict=True):
+        form = linears[group.names[0]]
+        rate = form.parameter or 0.0
+        choose = with_low_rank if form.kind == "rsparse" else Scores.choices
+        found += choose(input_scores(group, sample, rate), rate)
+    units = {ffn: forms[name] for name, ffn in ffns.items() if name in forms and forms[name].kind == "threshold"}
+    sampled = sample_hidden(model, calls, list(units)) if units else []
+    for (ffn, form), hidden in zip(units.items(), sampled, strict=True):
+        rate = form.parameter or 0.0
+        found += ffn_scores(ffn, hidden, rate).choices(rate)
+    found += [SkipChoice(ffns[name].name, form) for name, form in forms.items() if form.kind == "relu"]
+    for form in {form for form in forms.values() if form.kind == "block"}:
+        taking = [ffn for name, ffn in ffns.items() if forms.get(name) == form]
+        found += block_choices(block_cosines(model, calls, taking), form, taking)
+    return SkipPlan.of(found)
 
 
 def skip_scores(

@@ -1,4 +1,4 @@
-"""What may be skipped at run time: the form of a site, its calibrated thresholds, and the plan that holds them.
+"""What sites skip at run time: their forms with calibrated thresholds, and the plan that holds them.
 
 A plan is a JSON file, with the thresholds and scales that are tensors in a safetensors file beside it.
 """
@@ -6,7 +6,6 @@ A plan is a JSON file, with the thresholds and scales that are tensors in a safe
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sparsecomp.planner.reader import DocumentError, Reader, nearest, parse_json, read_text
+from sparsecomp.planner.skips import SkipForm, read_form
 
 FORMAT = "sparsecomp-skip"
 VERSION = 1
@@ -26,63 +26,6 @@ WARMUP = 25
 """Tokens of a sequence that `block` skips nothing for; the paper's range is 25 to 30."""
 MAX_TENSOR_BYTES = 2**30
 """The most that the tensors of one plan may hold."""
-
-_PARAMETERS = {"relu": None, "threshold": 0.4, "input": 0.4, "block": 0.98, "rsparse": 0.4}
-"""The kinds, with an example of the parameter of each; None for one that has none."""
-
-
-@dataclass(frozen=True)
-class SkipForm:
-    """What a site may skip.
-
-    Attributes:
-        kind: `relu` (exact zeros of the hidden layer; lossless), `threshold` (hidden units whose gate is small),
-            `input` (small inputs of a linear), `rsparse` (the same, with what is skipped approximated at low rank) or
-            `block` (whole FFN calls).
-        parameter: the share to skip, of `threshold`, `input` and `rsparse`, from 0 to below 1; of `block` the cosine
-            above which the next FFN is skipped; None for `relu`.
-    """
-
-    kind: str
-    parameter: float | None = None
-
-    def __post_init__(self) -> None:
-        kinds = ", ".join(name if example is None else f"{name}:{example}" for name, example in _PARAMETERS.items())
-        if self.kind not in _PARAMETERS:
-            raise ValueError(f"unknown skip form {self.kind[:60]!r}{nearest(self.kind, _PARAMETERS)}; expected {kinds}")
-        if (example := _PARAMETERS[self.kind]) is None:
-            if self.parameter is not None:
-                raise ValueError(f"skip form {self.kind} takes no parameter, given {self.parameter:g}")
-            return
-        if self.parameter is None or not 0 <= self.parameter < 1:
-            given = "none" if self.parameter is None else f"{self.parameter:g}"
-            raise ValueError(
-                f"skip form {self.kind} needs a number from 0 to below 1, such as '{self.kind}:{example}', "
-                f"given {given}"
-            )
-
-    @classmethod
-    def parse(cls, text: str | SkipForm) -> SkipForm:
-        """Read what `str` prints, such as `threshold:0.4` or `relu`.
-
-        Raises:
-            ValueError: it is no form, with the nearest right one.
-        """
-        if isinstance(text, SkipForm):
-            return text
-        kind, colon, number = text.strip().partition(":")
-        if not colon:
-            return cls(kind)
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"skip form {text[:60]!r}: expected a number behind the colon, such as 'threshold:0.4'")
-        return cls(kind, value)
-
-    def __str__(self) -> str:
-        return self.kind if self.parameter is None else f"{self.kind}:{self.parameter:g}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,12 +176,9 @@ class _Entry:
     @classmethod
     def read(cls, value: Any, where: str) -> _Entry:
         reader = Reader(value, where)
-        try:
-            form = SkipForm.parse(reader.text("form"))
-        except DocumentError:
-            raise
-        except ValueError as error:
-            raise DocumentError(f"{reader.place('form')}: {error}") from error
+        form = read_form(reader, "form")
+        if form is None:
+            raise DocumentError(f"{reader.place('form')}: expected a skip form, such as 'input:0.4'")
         entry = cls(
             reader.text("site"),
             form,

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparsecomp.skipping.forms import SkipChoice, SkipForm
+from sparsecomp.planner.skips import SkipForm
+from sparsecomp.skipping.forms import SkipChoice
 from sparsecomp.skipping.scores import Scores
 
 RANKS = (4, 8, 16)
@@ -48,6 +49,17 @@ def with_low_rank(site: Scores, rate: float) -> list[SkipChoice]:
     return [replace(c, form=form, low_rank=(part.clone(), b)) for c, part in zip(choices, parts, strict=True)]
 
 
+def error_of(site: Scores, choice: SkipChoice) -> float:
+    """Relative squared error of the output of one linear, or of linears that share an input, in a form.
+
+    Args:
+        site: what was sampled.
+        choice: of one of its names; with factors those of all of its outputs.
+    """
+    rate = choice.expected
+    return site.error(rate) if choice.low_rank is None else _error(site, site.threshold(rate), choice.low_rank)
+
+
 def _rows(site: Scores, rows: slice) -> Scores:
     return replace(site, values=site.values[rows], effect=site.effect[rows])
 
@@ -55,13 +67,13 @@ def _rows(site: Scores, rows: slice) -> Scores:
 def _factors(site: Scores, rate: float, rank: int) -> tuple[Tensor, Tensor]:
     """`A [out, rank]` and `B [rank, in]` of the least squared error of `(W - A B)` on what is dropped.
 
-    With the root S of the second moments of the dropped inputs these are the leading singular parts of `W S`.
+    With `X = U S V^T` the dropped inputs of the sample these are the leading singular parts of `W V S`.
     """
     dropped = site.effect * (site.scores() <= site.threshold(rate))
-    moments = (dropped.T @ dropped).double()
-    values, vectors = torch.linalg.eigh(moments)
-    # Directions that the sample does not have carry no weight, and none is amplified by more than 10^3.
-    sizes = values.clamp_min(1e-6 * float(values[-1].clamp_min(1e-30))).sqrt()
+    _, sizes, directions = torch.linalg.svd(dropped.double(), full_matrices=False)
+    # No direction is amplified by more than 10^3.
+    sizes = sizes.clamp_min(1e-3 * float(sizes[0].clamp_min(1e-15)))
+    vectors = directions.T
     scaled = site.matrix.double() @ (vectors * sizes)
     _, right = torch.linalg.eigh(scaled.T @ scaled)
     leading = right[:, -rank:]

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsecomp.skipping.forms import SkipChoice, SkipForm
+from sparsecomp.planner.skips import SkipForm
+from sparsecomp.skipping.forms import SkipChoice
 from sparsecomp.skipping.sites import FFN, InputGroup
 
 RATES = tuple(step / 20 for step in range(20))

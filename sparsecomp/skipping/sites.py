@@ -41,7 +41,7 @@ class FFN:
         gated: whether the activated gate is multiplied with an up projection.
         activation: the module between, None where the activation is a function.
         down: gives the block's output.
-        down_name: its qualified name.
+        linears: qualified names of what holds its weights: of the gate, of up where it is one of its own, of down.
     """
 
     name: str
@@ -49,7 +49,7 @@ class FFN:
     gated: bool
     activation: nn.Module | None
     down: nn.Module
-    down_name: str
+    linears: tuple[str, ...]
 
     def down_matrix(self) -> Tensor:
         """The down weight as `[out, hidden]`."""
@@ -84,7 +84,8 @@ def _ffn(name: str, module: nn.Module) -> FFN | None:
                 return None  # without a module between, what the gate gives is not seen
             assert parts[0] is not None
             assert parts[-1] is not None
-            return FFN(name, parts[0], bool(up), activation, parts[-1], prefix + down)
+            linears = tuple(dict.fromkeys(prefix + path for path in (first, up, down) if path))
+            return FFN(name, parts[0], bool(up), activation, parts[-1], linears)
     return None
 
 

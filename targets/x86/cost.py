@@ -152,6 +152,18 @@ def skip_quantities(machine: Machine, facts: WeightFacts, kept: float, tokens: i
     }
 
 
+def masked_skip_quantities(machine: Machine, facts: WeightFacts, kept: float, tokens: int, threads: int) -> Quantities:
+    """As `skip_quantities`, for rows that are packed with a bit mask, by the names of the kernel `mask`."""
+    union = 1 - (1 - kept) ** tokens
+    words = facts.out_features * math.ceil(facts.in_features / 16)
+    return {
+        "word": tokens * union * words / threads,
+        "row": tokens * union * facts.in_features / threads,
+        **traffic(machine, 4 * facts.nonzeros + 2 * words, union / threads, threads),
+        "call": 1.0,
+    }
+
+
 def _dense(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
     facts, tokens = problem.facts, problem.tokens
     entries = facts.out_features * facts.in_features

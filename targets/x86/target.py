@@ -152,11 +152,17 @@ class X86Target(Target):
 
     def skip_rows(self, matrix: Tensor) -> X86Rows:
         """See `Target.skip_rows`; packed with a bit mask where that makes it enough smaller."""
-        few = int(matrix.count_nonzero()) <= _MASKED_DENSITY * matrix.numel()
-        return X86Rows(matrix, masked=few and self._level.spread == "expand")
+        return X86Rows(matrix, masked=self._masks_rows(int(matrix.count_nonzero()), matrix.numel()))
+
+    def _masks_rows(self, nonzeros: int, entries: int) -> bool:
+        return self._level.spread == "expand" and nonzeros <= _MASKED_DENSITY * entries
 
     def predict_skip(self, facts: WeightFacts, kept: float, tokens: int, threads: int) -> float:
         """See `Target.predict_skip`."""
+        if self._masks_rows(facts.nonzeros, facts.out_features * facts.in_features):
+            # A word of a row with a mask takes what it takes in the kernel that reads all of them.
+            counted = cost.masked_skip_quantities(self._machine, facts, kept, tokens, threads)
+            return cost.price(self._coefficients, "mask", counted)
         counted = cost.skip_quantities(self._machine, facts, kept, tokens, threads)
         return cost.price(self._coefficients, "skip", counted)
 

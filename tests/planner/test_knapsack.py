@@ -36,6 +36,46 @@ def test_the_choice_is_the_best_of_all(classes: list[list[Item]], share: float) 
         assert given_total.value <= best * (1 + 1e-5) + 1e-5
 
 
+BONDED = st.lists(
+    st.lists(st.builds(Item, NUMBER, NUMBER, st.sampled_from([None, "a", "b"])), max_size=3).map(
+        lambda items: [Item(10.0, 10.0), *items]
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def together(classes: list[list[Item]], choice: tuple[int, ...] | list[int]) -> bool:
+    """Whether of each bond all classes that have it take it, or none does."""
+    for bond in ("a", "b"):
+        having = [items[at].bond == bond for items, at in zip(classes, choice, strict=True) if bond in _bonds(items)]
+        if any(having) and not all(having):
+            return False
+    return True
+
+
+def _bonds(items: list[Item]) -> set[object]:
+    return {item.bond for item in items}
+
+
+@settings(max_examples=60)
+@given(BONDED, st.floats(0.2, 1))
+def test_what_belongs_together_is_chosen_together(classes: list[list[Item]], share: float) -> None:
+    limit = share * sum(max(item.weight for item in items) for items in classes)
+    every = itertools.product(*(range(len(items)) for items in classes))
+    allowed = [total(classes, choice) for choice in every if together(classes, choice)]
+    picked = solve(classes, limit)
+    if picked is None:
+        assert not any(item.weight <= limit * (1 - 1e-5) for item in allowed)
+        return
+    given_total = total(classes, picked)
+    assert together(classes, picked)
+    assert given_total.weight <= limit * (1 + 1e-8)
+    best = min((item.value for item in allowed if item.weight <= limit * (1 - 1e-5)), default=None)
+    if best is not None:
+        assert given_total.value <= best * (1 + 1e-5) + 1e-5
+
+
 def test_a_limit_below_the_lightest_choice_cannot_be_kept() -> None:
     assert solve([[Item(0, 5), Item(1, 3)], [Item(0, 2)]], 4.9) is None
     assert solve([[Item(0, 5), Item(1, 3)], [Item(0, 2)]], 5.0) == [1, 0]

@@ -14,7 +14,7 @@ from sparsecomp.skipping.sites import find_ffns, find_input_groups
 def test_llama_blocks_are_its_mlps() -> None:
     found = find_ffns(tiny.llama(2))
     assert [ffn.name for ffn in found] == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    assert all(ffn.gated and ffn.down_name == f"{ffn.name}.down_proj" for ffn in found)
+    assert all(ffn.gated and ffn.linears[-1] == f"{ffn.name}.down_proj" for ffn in found)
 
 
 def test_blocks_without_a_module_of_their_own_are_named_by_their_layer() -> None:
@@ -22,7 +22,7 @@ def test_blocks_without_a_module_of_their_own_are_named_by_their_layer() -> None
     assert [ffn.name for ffn in found] == ["model.decoder.layers.0", "model.decoder.layers.1"]
     assert not found[0].gated
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    assert [(ffn.name, ffn.down_name) for ffn in find_ffns(nn.Sequential(layer))] == [("0", "0.linear2")]
+    assert [(ffn.name, ffn.linears[-1]) for ffn in find_ffns(nn.Sequential(layer))] == [("0", "0.linear2")]
 
 
 @pytest.mark.parametrize("kind", ["Bert", "GPT2", "Phi3"])
