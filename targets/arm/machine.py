@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection, Hashable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -146,7 +147,8 @@ class ArmKernel(Kernel):
     """A weight of a linear."""
 
     def __init__(self, weight: LinearWeight) -> None:
-        self._weight, self._weights = weight, Weights(weight.arrays)
+        # The aligned copy is what kernels read.
+        self._weight, self._weights = replace(weight, arrays=()), Weights(weight.arrays)
         self._no_bias = torch.zeros(weight.shape[0])
         self._launches = _Launches()
         self.nbytes = self._weights.nbytes
@@ -179,14 +181,15 @@ class ArmConvKernel(ConvKernel):
     """A weight of a convolution."""
 
     def __init__(self, weight: ConvWeight | DepthwiseWeight, outputs: int) -> None:
-        self._weight = weight
-        # What a depthwise kernel reads beside its weight depends on the maps.
-        self._weights = Weights(weight.arrays) if isinstance(weight, ConvWeight) else None
+        self._weight: ConvWeight | DepthwiseWeight = weight
+        self._weights: Weights | None = None  # what a depthwise kernel reads beside its weight depends on the maps
+        if isinstance(weight, ConvWeight):
+            self._weight, self._weights = replace(weight, arrays=()), Weights(weight.arrays)
+            self.nbytes = self._weights.nbytes
+        else:
+            self.nbytes = weight.values.nbytes
         self._no_terms = torch.cat([torch.zeros(outputs), torch.ones(outputs)])
         self._launches = _Launches()
-        self.nbytes = (
-            weight.values.nbytes if isinstance(weight, DepthwiseWeight) else sum(a.nbytes for a in weight.arrays)
-        )
 
     def run(
         self, x: Tensor, terms: Tensor | None, residual: Tensor | None, epilogue: ConvEpilogue, out: Tensor
