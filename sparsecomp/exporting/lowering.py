@@ -25,6 +25,7 @@ from sparsecomp.exporting.symbols import Symbols, bind_range
 
 SITE_OP = "SparsecompSite"
 """Operation that stands for a site in the graph that is given; its attribute `index` is its number."""
+_SITE = "site_"
 _SMALL = 256
 """Bytes of an array that may lie on the stack."""
 
@@ -66,7 +67,7 @@ def lower(
     module, main = _plan(tvm, module, symbols)
     program = Program(_inputs(model, shapes, symbols), [], sizes)
     try:
-        _Reader(tvm, program, module, symbols).read(main)
+        _Reader(tvm, program, module, symbols, model.graph.node).read(main)
     except ValueError as error:
         raise UnsupportedError(f"{source} cannot be exported: {error}") from error
     program.outputs = [replace(t, name=v.name) for t, v in zip(program.outputs, model.graph.output, strict=True)]
@@ -115,7 +116,7 @@ def _import(
             given = [self.bb.normalize(value) for value in list(inputs)]
             shape = tuple(_number(size) for size in given[0].ty.shape)
             out = relax.TensorType(output_shape(index, shape), "float32")
-            return self.bb.emit(relax.call_dps_packed(f"site_{index}", given, out_ty=out))
+            return self.bb.emit(relax.call_dps_packed(f"{_SITE}{index}", given, out_ty=out))
 
     dimensions = {name: [symbols.dimension(size) for size in sizes] for name, sizes in shapes.items()}
     importer = Importer(dimensions, "float32", sanitize=False)
@@ -180,7 +181,10 @@ def _inputs(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int | Size]], 
 class _Reader:
     """Reads the bindings of the planned `main` into steps."""
 
-    def __init__(self, tvm: Any, program: Program, module: Any, symbols: Symbols) -> None:
+    def __init__(
+        self, tvm: Any, program: Program, module: Any, symbols: Symbols, nodes: Sequence[onnx.NodeProto]
+    ) -> None:
+        self._nodes = nodes  # of the model, to name one that cannot be exported
         self._relax, self._program, self._module, self._symbols = tvm.relax, program, module, symbols
         self._constant_type, self._number_type = tvm.ir.expr.GenericConst, tvm.ir.PrimType
         self._values: dict[Any, Any] = {}
@@ -239,16 +243,24 @@ class _Reader:
             operands.extend(found if isinstance(found, tuple) else (found,))
         if isinstance(value.op, relax.ExternFunc):
             symbol = str(value.op.global_symbol)
-            step = Step("", "", tuple(operands), site=int(symbol.removeprefix("site_")))
+            if not symbol.startswith(_SITE):
+                raise UnsupportedError(self._needs_run_time(symbol))
+            step = Step("", "", tuple(operands), site=int(symbol.removeprefix(_SITE)))
             step = replace(step, shape=tuple(self._symbols.count(size) for size in value.args[0].ty.shape))
         elif hasattr(value.op, "name_hint"):
             symbol = str(value.op.name_hint)
             operands += self._dimensions(self._module[value.op], value.args)
             step = Step(symbol, f"op_{symbol}", tuple(operands))
         else:
-            raise UnsupportedError(f"{name} cannot be computed ahead of time, so that the model cannot be exported")
+            raise UnsupportedError(self._needs_run_time(name))
         self._program.steps.append(step)
         return ()
+
+    def _needs_run_time(self, name: str) -> str:
+        kind = name.rpartition(".")[2]
+        nodes = [_named(node) for node in self._nodes if node.op_type.lower() == kind.replace("_", "")]
+        where = f"node {', '.join(nodes)}: " if nodes else ""
+        return f"{where}{name} needs a run time that gives memory, which a package does not have"
 
     def _dimensions(self, function: Any, arguments: Sequence[Any]) -> list[Operand]:
         """The sizes that a function reads off the shapes of its arguments: they become parameters of it."""

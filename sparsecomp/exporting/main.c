@@ -54,7 +54,8 @@ static double largest_difference(const float *given, const float *expected, size
   double most = 0, scale = 0;
   for (size_t i = 0; i < count; i++) {
     double difference = fabs((double)given[i] - (double)expected[i]);
-    if (!(difference <= most)) most = difference; /* NaN counts as large */
+    if (isnan(difference)) return HUGE_VAL;
+    if (difference > most) most = difference;
     if (fabs((double)expected[i]) > scale) scale = fabs((double)expected[i]);
   }
   return scale > 0 ? most / scale : most;

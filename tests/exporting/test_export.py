@@ -182,6 +182,25 @@ def test_weights_of_another_package_are_refused(tmp_path: Path) -> None:
 
 
 @needs_x86
+def test_outputs_are_checked_against_a_file(tmp_path: Path) -> None:
+    model = mlp()
+    sparsecomp.export(model, output=tmp_path, target="host")
+    program = arm_tools.build(tmp_path, [arm_tools.host_compiler()])
+    feeds = inputs_of(model)
+    path = arm_tools.write_inputs(tmp_path, list(feeds.values()))
+    (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)
+    worse, unknown = expected.copy(), expected.copy()
+    worse.flat[7] += 1e-3 * np.abs(expected).max()
+    unknown.flat[7] = np.nan
+    for wanted, status in ((expected, 0), (worse, 2), (unknown, 2)):
+        (tmp_path / "expected.bin").write_bytes(wanted.tobytes())
+        command = [program, tmp_path / "weights.bin", path, "--expect", tmp_path / "expected.bin"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert result.returncode == status
+        assert "5 runs: best" in result.stdout
+
+
+@needs_x86
 def test_results_of_a_run_are_what_calibration_reads(tmp_path: Path) -> None:
     sparsecomp.export(mlp(), output=tmp_path, target="host")
     program = arm_tools.build(tmp_path, [arm_tools.host_compiler()])
@@ -212,6 +231,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"model\.onnx: node 'the_determinant' is of the type Det"):
             sparsecomp.export(path, output=tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+    def test_an_operation_that_needs_a_run_time_names_node_and_file(self, tmp_path: Path) -> None:
+        nodes = [helper.make_node("NonZero", ["x"], ["i"], name="finder"), helper.make_node("Cast", ["i"], ["y"], to=1)]
+        path = tmp_path / "model.onnx"
+        onnx.save(cases.model_of(nodes, {"x": [4, 4]}, {}), path)
+        with pytest.raises(ValueError, match=r"model\.onnx cannot be exported: node 'finder'.*needs a run time"):
+            sparsecomp.export(path, output=tmp_path / "out")
 
     def test_what_does_not_fit_says_by_how_much(self, tmp_path: Path) -> None:
         report = sparsecomp.export(mlp(), output=tmp_path / "fits", ram="1M", flash="1MB")
