@@ -45,7 +45,7 @@ from sparsecomp.window import Maps, Window
 
 if TYPE_CHECKING:
     from sparsecomp.runtime.ort_timing import Timing
-    from sparsecomp.targets.x86.cpu import Level
+    from sparsecomp.targets.cpu.level import Level
     from sparsecomp.targets.x86.ort_target import LibraryTarget
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model"

@@ -28,7 +28,7 @@ from sparsecomp.pruning.sites import choose_sites
 from sparsecomp.pruning.sparsify import sparsify_
 from sparsecomp.runtime.ort_timing import product_call
 from sparsecomp.targets.base import Target
-from sparsecomp.targets.x86.calibrate import median_seconds
+from sparsecomp.targets.cpu.timing import median_seconds
 
 Calibration = Mapping[str, Any] | str | os.PathLike[str]
 """Samples by the names of the inputs, stacked along a first axis; or the path of an .npz file of such arrays."""

@@ -12,7 +12,7 @@ from sparsecomp.patterns import Pattern
 from sparsecomp.targets.arm import calibration
 from sparsecomp.targets.arm.machine import ArmMachine
 from sparsecomp.targets.base import DENSE, Candidate, ConvEpilogue, Problem, WeightFacts
-from sparsecomp.targets.x86.calibrate import median_seconds
+from sparsecomp.targets.cpu.timing import median_seconds
 from sparsecomp.window import Maps, Window
 
 LINEARS = ((384, 384), (384, 1536), (1536, 384), (768, 3072))

@@ -27,8 +27,8 @@ from sparsecomp.targets.arm.kernels import (
     row_level,
 )
 from sparsecomp.targets.base import Candidate, Problem, WeightFacts
-from sparsecomp.targets.x86 import conv_schedules, schedules
-from sparsecomp.targets.x86.cost import ACTIVATION_COST, shared_loads
+from sparsecomp.targets.cpu import conv_schedules, schedules
+from sparsecomp.targets.cpu.counts import ACTIVATION_COST, shared_loads
 
 # Cycles of what is around the loops: from the instructions of whole calls less those of the loops (384 to 1536 at 64
 # tokens, counted under QEMU), at three a cycle.

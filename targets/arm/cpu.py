@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sparsecomp.targets.x86.cpu import Caches, Level
+from sparsecomp.targets.cpu.level import Caches, Level
 
 MACHINES = ("aarch64", "arm64")
 """What Python calls machines with such a CPU."""
@@ -39,12 +39,8 @@ class ArmLevel(Level):
     @property
     def tvm_target(self) -> dict[str, Any]:
         """The target as TVM takes it."""
-        target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu}
-        if self.mattr:
-            target["mattr"] = list(self.mattr)
-        if self.options:
-            target["cl-opt"] = list(self.options)
-        return target
+        options = {"cl-opt": list(self.options)} if self.options else {}
+        return super().tvm_target | options
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.runtime.launch import KernelSource
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmLevel
 from sparsecomp.targets.base import Candidate
-from sparsecomp.targets.x86 import conv_schedules, schedules
-from sparsecomp.targets.x86.cpu import Caches
+from sparsecomp.targets.cpu import conv_schedules, schedules
+from sparsecomp.targets.cpu.level import Caches
 from sparsecomp.window import Maps, Window
 
 PANEL_TILES = {4: (1, 2, 4, 8, 16), 8: (1, 2, 4, 8, 12), 16: (1, 2, 4, 6)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from torch.nn import functional
 from sparsecomp.kernels import peak
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, function_of
 from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, Problem, WeightFacts
+from sparsecomp.targets.cpu.counts import ACTIVATION_COST
+from sparsecomp.targets.cpu.timing import median_seconds
 from sparsecomp.targets.x86 import calibration, cost
 from sparsecomp.targets.x86.conv_calibrate import ConvCase, conv_cases, depthwise_cases
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, level
@@ -30,7 +31,6 @@ DENSITIES = (0.5, 0.35, 0.2, 0.1, 0.05)
 MANY_TOKENS = (16, 32, 64, 100, 128, 256, 512)
 FEW_TOKENS = (1, 2, 4, 8)
 _SECONDS = 50.0
-_RUNS = (5, 60)
 _FOLDS = 5
 
 
@@ -179,18 +179,6 @@ def runner(candidate: Candidate, weight: Tensor, x: Tensor, level_name: str) -> 
     return lambda: kernel.run(x, bias, None, "none", out)
 
 
-def median_seconds(call: Callable[[], object], budget: float = 0.12) -> float:
-    """Median time of a call: after one warm-up, between 5 and 60 runs, as the budget in seconds allows."""
-    call()
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < _RUNS[0] or (time.perf_counter() < end and len(times) < _RUNS[1]):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def _cases(
     kernel: str, shapes: tuple[tuple[int, int], ...], densities: tuple[float, ...], tokens: tuple[int, ...]
 ) -> Iterator[_Case | ConvCase]:
@@ -236,7 +224,7 @@ def _activation_prices(level_name: str, prices: dict[str, dict[str, float]]) -> 
     kernel = X86Target(level_name).prepare(Candidate("rows", "unstructured"), weight)
     plain = median_seconds(lambda: kernel.run(x, bias, None, "none", out))
     gelu = median_seconds(lambda: kernel.run(x, bias, None, "gelu", out))
-    price = max(0.0, 1e9 * (gelu - plain) / out.numel() / cost.ACTIVATION_COST["gelu"])
+    price = max(0.0, 1e9 * (gelu - plain) / out.numel() / ACTIVATION_COST["gelu"])
     for model in prices.values():
         model["activations"] = price
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsecomp.targets.base import DENSE, Candidate, ConvEpilogue, Problem, WeightFacts
-from sparsecomp.targets.x86 import conv_cost, conv_schedules
+from sparsecomp.targets.cpu import conv_schedules
+from sparsecomp.targets.x86 import conv_cost
 from sparsecomp.targets.x86.cost import Machine, Quantities
 from sparsecomp.targets.x86.target import X86Target
 from sparsecomp.window import Maps, Window, convolve

@@ -7,8 +7,9 @@ import math
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import Layout
 from sparsecomp.targets.base import Candidate, Problem
-from sparsecomp.targets.x86 import conv_schedules as schedules
-from sparsecomp.targets.x86.cost import ACTIVATION_COST, Machine, Quantities, shared_loads, traffic
+from sparsecomp.targets.cpu import conv_schedules as schedules
+from sparsecomp.targets.cpu.counts import ACTIVATION_COST, shared_loads
+from sparsecomp.targets.x86.cost import Machine, Quantities, traffic
 
 
 def quantities(machine: Machine, candidate: Candidate, problem: Problem) -> tuple[str, Quantities]:

@@ -16,9 +16,10 @@ from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, function_of
 from sparsecomp.targets.base import ConvEpilogue, ConvKernel
-from sparsecomp.targets.x86 import conv_schedules as schedules
-from sparsecomp.targets.x86.cpu import Level, caches
-from sparsecomp.targets.x86.schedules import spread as weight_spread
+from sparsecomp.targets.cpu import conv_schedules as schedules
+from sparsecomp.targets.cpu.level import Level
+from sparsecomp.targets.cpu.schedules import spread as weight_spread
+from sparsecomp.targets.x86.cpu import caches
 from sparsecomp.window import Maps, Window
 
 # Calls that are remembered; a stream of ever new sizes must not grow without bound.

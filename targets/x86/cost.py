@@ -16,13 +16,11 @@ import numpy.typing as npt
 
 from sparsecomp.kernels.panel import PanelSchedule
 from sparsecomp.targets.base import Candidate, Problem, WeightFacts
-from sparsecomp.targets.x86 import schedules
-from sparsecomp.targets.x86.cpu import Caches, Level
+from sparsecomp.targets.cpu import schedules
+from sparsecomp.targets.cpu.counts import ACTIVATION_COST, shared_loads
+from sparsecomp.targets.cpu.level import Caches, Level
 
 Quantities = dict[str, float]
-# Arithmetic of an activation relative to SiLU: guesses from operation counts, of which calibration measures only GELU's
-# price. Dense pays the same, so that a wrong one moves a choice only through the margin.
-ACTIVATION_COST = {"none": 0.0, "relu": 0.1, "relu6": 0.2, "hardswish": 0.3, "silu": 1.0, "gelu_tanh": 1.2, "gelu": 1.5}
 # Tokens up to which a dense product is a stream of its weight rather than a product of matrices.
 DENSE_FEW = 12
 
@@ -74,16 +72,6 @@ def _rows(machine: Machine, candidate: Candidate, problem: Problem) -> Quantitie
         **traffic(machine, 4 * nonzeros + 2 * loads + 32 * quads, passes, problem.threads),
         "call": 1.0,
     }
-
-
-def shared_loads(facts: WeightFacts) -> float:
-    """Loads that the pairs of quads save: an entry whose partner keeps its column too needs none of its own.
-
-    For random rows the share is that which matching was seen to give; rows that were pruned alike share all.
-    """
-    density = facts.density
-    share = 0.75 * density if density < 0.1 else 0.5 * density + 0.03 * (1 - density)
-    return max(share * facts.nonzeros, facts.nonzeros - facts.panels[2])
 
 
 def _panel(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:

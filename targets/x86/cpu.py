@@ -5,56 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import platform
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sparsecomp.targets.cpu.level import Caches, Level
+
 LEVELS = ("avx512", "avx2", "generic")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-
-
-@dataclass(frozen=True)
-class Level:
-    """The schedules of an instruction set, from `facts.json`.
-
-    Attributes:
-        name: avx512, avx2 or generic.
-        mcpu, mattr: for LLVM.
-        lanes: float32 in a vector.
-        vectors: vectors of tokens that the row kernel holds for each of its two rows.
-        chunk: rows whose sums the row kernel keeps between blocks of columns; they shall stay in the L2 cache.
-        l1_share: share of the L1 cache that a block of the row kernel's tile takes; weights and sums stream through.
-        panel_tokens: tokens in the register tile of the panel kernel, with two vectors of outputs.
-        spread: how the mask kernel spreads packed values; empty where the level has no fast way.
-    """
-
-    name: str
-    mcpu: str
-    mattr: tuple[str, ...]
-    lanes: int
-    vectors: int
-    chunk: int
-    l1_share: float
-    panel_tokens: int
-    spread: str
-
-    @property
-    def tvm_target(self) -> dict[str, Any]:
-        """The target as TVM takes it."""
-        target: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": self.mcpu}
-        if self.mattr:
-            target["mattr"] = list(self.mattr)
-        return target
-
-
-@dataclass(frozen=True)
-class Caches:
-    """Bytes of the data caches that one core reaches."""
-
-    l1: int
-    l2: int
-    l3: int
 
 
 @functools.cache

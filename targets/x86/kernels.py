@@ -18,8 +18,9 @@ from sparsecomp.patterns.gathered import GatherWeight, MaskWeight
 from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, function_of
 from sparsecomp.targets.base import Kernel
-from sparsecomp.targets.x86 import schedules
-from sparsecomp.targets.x86.cpu import Level, caches
+from sparsecomp.targets.cpu import schedules
+from sparsecomp.targets.cpu.level import Level
+from sparsecomp.targets.x86.cpu import caches
 
 # Calls that are remembered; a stream of ever new lengths must not grow without bound.
 _MAX_CALLS = 1024

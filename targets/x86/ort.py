@@ -19,8 +19,9 @@ from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.runtime.launch import KernelSource
 from sparsecomp.runtime.ort_library import OrtKernel, OrtTarget, PackedForm, PackedWeight
 from sparsecomp.targets.base import Candidate
-from sparsecomp.targets.x86 import conv_schedules, schedules
-from sparsecomp.targets.x86.cpu import Level, caches, facts
+from sparsecomp.targets.cpu import conv_schedules, schedules
+from sparsecomp.targets.cpu.level import Level
+from sparsecomp.targets.x86.cpu import caches, facts
 from sparsecomp.targets.x86.ort_target import Forms, full_panel, full_tiles
 from sparsecomp.window import Maps, Window
 

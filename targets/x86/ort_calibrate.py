@@ -21,14 +21,15 @@ from sparsecomp.patterns import PanelWeight
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, function_of
 from sparsecomp.runtime.ort_timing import conv_chain_call, product_call
 from sparsecomp.targets.base import DENSE, Problem, WeightFacts
-from sparsecomp.targets.x86 import calibration, conv_cost, cost, schedules
+from sparsecomp.targets.cpu import schedules
+from sparsecomp.targets.cpu.timing import median_seconds
+from sparsecomp.targets.x86 import calibration, conv_cost, cost
 from sparsecomp.targets.x86.calibrate import (
     MEMORY_SHAPES,
     SHAPES,
     Result,
     left_out_error,
     measure_fma_peak,
-    median_seconds,
 )
 from sparsecomp.targets.x86.cpu import best_level, caches, cpu_name, level
 from sparsecomp.targets.x86.ort_target import full_panel, full_quantities, full_tile

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from sparsecomp.runtime.ort_library import MOST_FORMS
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts
-from sparsecomp.targets.x86 import calibration, conv_cost, cost, schedules
-from sparsecomp.targets.x86.cpu import LEVELS, Level, caches, level
+from sparsecomp.targets.cpu import schedules
+from sparsecomp.targets.cpu.counts import ACTIVATION_COST
+from sparsecomp.targets.cpu.level import Level
+from sparsecomp.targets.x86 import calibration, conv_cost, cost
+from sparsecomp.targets.x86.cpu import LEVELS, caches, level
 from sparsecomp.window import Maps, Window
 
 FULL = Candidate("full", "dense")
@@ -149,7 +152,7 @@ def full_quantities(machine: cost.Machine, problem: Problem) -> cost.Quantities:
         "step": passes * columns * share,
         "store": tokens * facts.out_features * share,
         **cost.traffic(machine, 4 * full_panel(level) * columns, share, problem.threads),
-        "activations": tokens * facts.out_features * cost.ACTIVATION_COST[problem.activation] * share,
+        "activations": tokens * facts.out_features * ACTIVATION_COST[problem.activation] * share,
         "call": 1.0,
     }
 

@@ -15,8 +15,8 @@ from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.gathered import MaskWeight
 from sparsecomp.runtime.launch import KernelSource, Weights, function_of
 from sparsecomp.runtime.steps import At, Base, Operand, Step, StepSequence
+from sparsecomp.targets.cpu.level import Level
 from sparsecomp.targets.skip import SkipKernel, SkipRows, SkipSpec
-from sparsecomp.targets.x86.cpu import Level
 
 _MAX_CALLS = 64
 _ROWS_FEW = (2, 4)

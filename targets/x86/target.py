@@ -21,8 +21,9 @@ from sparsecomp.targets.base import (
     WeightFacts,
     label_of,
 )
+from sparsecomp.targets.cpu import conv_schedules, schedules
 from sparsecomp.targets.skip import SkipRows, SkipSpec
-from sparsecomp.targets.x86 import calibration, conv_cost, conv_schedules, cost, schedules
+from sparsecomp.targets.x86 import calibration, conv_cost, cost
 from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel
 from sparsecomp.targets.x86.cpu import LEVELS, best_level, caches, cpu_name, facts, flags, level, supported
 from sparsecomp.targets.x86.kernels import GatherKernel, MaskKernel, PanelKernel, RowsKernel

@@ -14,8 +14,8 @@ from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.targets.base import ConvEpilogue, ConvKernel
+from sparsecomp.targets.cpu.conv_schedules import call, packing
 from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel
-from sparsecomp.targets.x86.conv_schedules import call, packing
 from sparsecomp.targets.x86.cpu import best_level, caches, level
 from sparsecomp.window import Maps, Window, convolve
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecomp.targets.base import DENSE, DEPTHWISE, Candidate, Problem, WeightFacts
+from sparsecomp.targets.cpu.level import Caches
 from sparsecomp.targets.x86 import calibration, conv_cost, cost, cpu
 from sparsecomp.targets.x86.target import FEW_TOKENS, X86Target
 from sparsecomp.window import Maps, Window
@@ -123,7 +124,7 @@ def test_shipped_prices_are_times(level: str) -> None:
 
 
 def test_what_comes_from_where() -> None:
-    machine = cost.Machine(cpu.level("avx2"), cpu.Caches(32 << 10, 1 << 20, 8 << 20))
+    machine = cost.Machine(cpu.level("avx2"), Caches(32 << 10, 1 << 20, 8 << 20))
     assert cost.traffic(machine, 1 << 19, 3, 1) == {"l3_bytes": 0.0, "memory_bytes": 0.0}
     assert cost.traffic(machine, 1 << 21, 3, 1) == {"l3_bytes": 3.0 * (1 << 21), "memory_bytes": 0.0}
     far = cost.traffic(machine, 1 << 26, 3, 1)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sparsecomp.targets.x86 import cpu, schedules, target
+from sparsecomp.targets.cpu import schedules
+from sparsecomp.targets.cpu.level import Caches
+from sparsecomp.targets.x86 import cpu, target
 
 AVX2 = "avx2 fma f16c bmi1 bmi2 movbe"
 AVX512 = AVX2 + " avx512f avx512bw avx512dq avx512vl avx512cd"
@@ -80,9 +82,9 @@ def test_cache_sizes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             (tmp_path / index / name).write_text(value + "\n")
     (tmp_path / "index9").mkdir()  # says nothing
     monkeypatch.setattr(cpu, "_CACHES", tmp_path)
-    assert cpu.caches.__wrapped__() == cpu.Caches(48 << 10, 1 << 20, cpu.facts()["caches"]["l3"])
+    assert cpu.caches.__wrapped__() == Caches(48 << 10, 1 << 20, cpu.facts()["caches"]["l3"])
 
 
 def test_cache_sizes_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_CACHES", tmp_path / "nothing")
-    assert cpu.caches.__wrapped__() == cpu.Caches(**cpu.facts()["caches"])
+    assert cpu.caches.__wrapped__() == Caches(**cpu.facts()["caches"])

@@ -1,4 +1,4 @@
-"""How the convolution kernel is cut on x86: what its packed weight looks like, and which variant a call takes."""
+"""How the convolution kernel is cut: what its packed weight looks like, and which variant a call takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import DepthwiseSchedule, Layout
-from sparsecomp.targets.x86.cpu import Caches, Level
+from sparsecomp.targets.cpu.level import Caches, Level
 from sparsecomp.window import Maps, Window
 
 # Share of the L1 cache that a packed block takes; weights and sums stream through the rest.

@@ -1,4 +1,4 @@
-"""Schedules on x86: how a packed weight is cut for the caches, and which variant of a kernel a call takes."""
+"""Schedules: how a packed weight is cut for the caches, and which variant of a kernel a call takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sparsecomp.kernels.gathered import GatherSchedule
 from sparsecomp.kernels.panel import PanelSchedule
-from sparsecomp.targets.x86.cpu import Level
+from sparsecomp.targets.cpu.level import Level
 
 # Cost of a kept weight beside its multiply-adds, in vectors of tokens: its part of the loads of weights and indices.
 ROW_STEP_COST = 0.3

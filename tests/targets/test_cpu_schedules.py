@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecomp.kernels.conv_geometry import Geometry
-from sparsecomp.targets.x86 import conv_schedules, cpu, schedules
-from sparsecomp.targets.x86.schedules import Call
+from sparsecomp.targets.cpu import conv_schedules, schedules
+from sparsecomp.targets.cpu.level import Level
+from sparsecomp.targets.cpu.schedules import Call
+from sparsecomp.targets.x86 import cpu
 from sparsecomp.window import Maps, Window
 
 LEVELS = st.sampled_from([cpu.level(name) for name in cpu.LEVELS])
@@ -28,7 +30,7 @@ def check_call(call: Call, threads: int) -> None:
 
 
 @given(LEVELS, TOKENS, SHAPES, THREADS)
-def test_row_calls(level: cpu.Level, tokens: int, shape: tuple[int, int], threads: int) -> None:
+def test_row_calls(level: Level, tokens: int, shape: tuple[int, int], threads: int) -> None:
     call = schedules.row_call(level, tokens, shape, threads)
     check_call(call, threads)
     tile = call.variant * level.lanes
@@ -39,13 +41,13 @@ def test_row_calls(level: cpu.Level, tokens: int, shape: tuple[int, int], thread
 
 
 @given(LEVELS, TOKENS, SHAPES)
-def test_one_thread_never_splits(level: cpu.Level, tokens: int, shape: tuple[int, int]) -> None:
+def test_one_thread_never_splits(level: Level, tokens: int, shape: tuple[int, int]) -> None:
     assert schedules.row_call(level, tokens, shape, 1).splits == 1
     assert schedules.panel_call(level, 8, tokens, shape, 1).splits == 1
 
 
 @given(LEVELS, SHAPES, st.sampled_from([16384, 32768, 49152, 131072]))
-def test_blocks_of_rows_fit_the_first_cache(level: cpu.Level, shape: tuple[int, int], l1: int) -> None:
+def test_blocks_of_rows_fit_the_first_cache(level: Level, shape: tuple[int, int], l1: int) -> None:
     few = shape[0] * shape[1] // 8
     packing = schedules.row_packing(level, shape, l1, 4 * few + 3)
     assert packing["chunk"] % level.lanes == 0
@@ -59,7 +61,7 @@ def test_blocks_of_rows_fit_the_first_cache(level: cpu.Level, shape: tuple[int, 
 
 
 @given(LEVELS, PANELS, TOKENS, SHAPES, THREADS)
-def test_panel_calls(level: cpu.Level, v: int, tokens: int, shape: tuple[int, int], threads: int) -> None:
+def test_panel_calls(level: Level, v: int, tokens: int, shape: tuple[int, int], threads: int) -> None:
     call = schedules.panel_call(level, v, tokens, shape, threads)
     check_call(call, threads)
     groups = call.items // call.splits

@@ -1,0 +1,1 @@
+"""What CPUs have in common: how work is cut for their caches and threads, and what a model of their costs counts."""
