@@ -37,8 +37,16 @@ class DetectMoe(Pass):
             inside = tuple(other.name for other in graph.sites if other is not site and _is_below(other.name, prefix))
             # A classifier is ranked too; it has no experts beside it.
             if any(operation.module.startswith(f"{prefix}experts") for operation in graph):
-                graph.moes.append(MoeBlock(name or "moe", site.name, experts[0], picked, inside))
+                stacked = _stacked(graph, f"{prefix}experts", experts[0])
+                graph.moes.append(MoeBlock(name or "moe", site.name, experts[0], picked, inside, stacked))
         return PassResult(bool(graph.moes), tuple(str(block) for block in graph.moes))
+
+
+def _stacked(graph: SparseGraph, module: str, experts: int) -> tuple[str, ...]:
+    """The weights of a module that hold one matrix for each expert."""
+    constants = (operation for operation in graph if operation.kind == "constant" and len(operation.shape) == 3)
+    paths = [str(operation.attrs.get("path", "")) for operation in constants if operation.shape[0] == experts]
+    return tuple(path for path in paths if path.startswith(f"{module}."))
 
 
 def _is_below(name: str, prefix: str) -> bool:

@@ -112,6 +112,7 @@ class MoeBlock:
         experts: How many there are.
         picked: How many a token uses, 0 when it is not known.
         sites: Names of the linear sites inside, those of shared experts too; none where experts are one product.
+        stacked: Names of the weights that hold all experts, `[experts, O, I]`: they stay dense.
     """
 
     name: str
@@ -119,7 +120,15 @@ class MoeBlock:
     experts: int
     picked: int
     sites: tuple[str, ...] = ()
+    stacked: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         picked = f"{self.picked} of " if self.picked else ""
-        return f"{self.name}: {picked}{self.experts} experts, router {self.router}, {len(self.sites)} linears inside"
+        text = f"{self.name}: {picked}{self.experts} experts, router {self.router}, {len(self.sites)} linears inside"
+        if not self.stacked:
+            return text
+        # Such a product gathers the weights of the picked experts, or sorts the tokens by expert.
+        return (
+            f"{text}; {', '.join(self.stacked)} stay dense: each holds all experts in one weight, and which of them is "
+            "multiplied with which tokens is known only at run time"
+        )

@@ -35,11 +35,11 @@ from sparsecomp.options import Options
 from sparsecomp.passes import DetectConv, DetectLinear, FuseEpilogue, run_passes
 from sparsecomp.planner import Plan
 from sparsecomp.planner.budget import Budget
+from sparsecomp.planner.skips import SkipForm
 from sparsecomp.pruning.criterion import criterion_named
 from sparsecomp.report import Report
 from sparsecomp.runtime.ort_library import OrtForm, OrtOperation
 from sparsecomp.runtime.ort_library import build as build_library
-from sparsecomp.skipping.forms import SkipForm
 from sparsecomp.targets.base import Target
 from sparsecomp.window import Maps, Window
 

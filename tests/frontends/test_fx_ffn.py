@@ -124,6 +124,10 @@ def test_mixtures_of_experts(name: str, count: str, picked: int) -> None:
     ffns, (block,) = blocks_of(small(name, **HEADS, **experts), TOKENS, use_cache=False)
     assert (block.name, block.experts, block.picked) == ("layers.0.mlp", 4, picked)
     assert block.router == "layers.0.mlp.gate"
+    # Transformers 5 holds all experts in one weight; older versions in linears, which are sites.
+    parts = [f"layers.0.mlp.experts.{part}_proj" for part in ("gate_up", "down")]
+    assert list(block.stacked) == parts or any(".experts." in site for site in block.sites)
+    assert ("known only at run time" in str(block)) == bool(block.stacked)
     if name == "Qwen2Moe":  # beside the experts there is one that every token takes
         assert [ffn.name for ffn in ffns] == ["layers.0.mlp.shared_expert"]
         assert "layers.0.mlp.shared_expert.down_proj" in block.sites

@@ -12,11 +12,12 @@ from kernel_cases import close, needs_x86
 from torch import Tensor
 from torch.nn import functional
 
-from sparsecomp.runtime import ffn_site
+from sparsecomp.runtime import ffn_site, skip_pays
 from sparsecomp.runtime.failures import failures_of
 from sparsecomp.runtime.ffn_site import RuntimeSkip, SkipForms
 from sparsecomp.runtime.site import RuntimeSite
-from sparsecomp.runtime.skip_rates import skip_rate_of
+from sparsecomp.runtime.skip_pays import REST, WINDOW, Times
+from sparsecomp.runtime.skip_rates import rest_of, skip_rate_of
 from sparsecomp.targets import get_target
 from sparsecomp.targets.base import DENSE, WeightFacts
 from sparsecomp.targets.skip import FEW_TOKENS, SkipSpec
@@ -213,6 +214,62 @@ def test_a_kernel_that_fails_leaves_the_call_dense(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(RuntimeSkip, "_make", broken)
     close(block.site.run(x, block.given(), None), block.expected(x, skip=False))
     assert "no kernel today" in failures_of(block.weights[2])
+
+
+class TestTooLittleSkipped:
+    @pytest.fixture(autouse=True)
+    def _times(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Skipping pays here where at most half of the rows are read.
+        monkeypatch.setattr(skip_pays, "_known", {})
+        monkeypatch.setattr(skip_pays, "_measure", lambda ways: Times(10 / skip_pays.MARGIN, 0, 20))
+
+    def test_units_take_the_dense_way_for_a_while(self) -> None:
+        block, x = Block(1e-6), torch.randn(1, INPUTS)
+        for _ in range(WINDOW):
+            close(block.site.run(x, block.given(), None), block.expected(x))
+        block.site._kernel = lambda: pytest.fail("it was asked for a kernel")  # type: ignore[method-assign]
+        for _ in range(REST):
+            block.site.run(x, block.given(), None)
+        assert all(rest_of(weight) == pytest.approx(1.0) for weight in block.weights)
+
+    def test_then_they_skip_again_if_that_pays_now(self) -> None:
+        block, busy = Block(1e-6), torch.randn(1, INPUTS)
+        for _ in range(WINDOW + REST):
+            block.site.run(busy, block.given(), None)
+        block.biases[0].fill_(-1e9)  # no unit stays
+        for _ in range(WINDOW):
+            close(block.site.run(busy, block.given(), None), block.expected(busy))
+        assert rest_of(block.weights[0]) is None
+        assert block.site._here.rest == 0
+
+    def test_inputs_take_the_dense_way(self) -> None:
+        weight, x = torch.randn(OUTPUTS, INPUTS), torch.randn(1, INPUTS)
+        spec = SkipSpec("inputs", (INPUTS, OUTPUTS), (torch.full((INPUTS,), 0.1),))
+        site = RuntimeSkip("linear", [linear(weight)], SkipForms(spec), get_target(None))
+        kept = torch.where(x.abs() > 0.1, x, 0.0) @ weight.T
+        for _ in range(WINDOW):
+            close(site.run(x, (None, None, None), None), kept)
+        close(site.run(x, (None, None, None), None), x @ weight.T)
+        assert (rest_of(weight) or 0) == pytest.approx((x.abs() > 0.1).float().mean().item(), abs=1e-6)
+
+    def test_enough_skipped_goes_on_skipping(self) -> None:
+        block, x = Block(0.5), torch.randn(1, INPUTS)
+        for _ in range(3 * WINDOW):
+            close(block.site.run(x, block.given(), None), block.expected(x))
+        assert rest_of(block.weights[0]) is None
+
+    def test_what_is_measured_is_a_call_of_each_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        block, x = Block(), torch.randn(1, INPUTS)
+        outputs: list[Any] = []
+        monkeypatch.setattr(
+            skip_pays, "_measure", lambda ways: (outputs.extend(way() for way in ways), Times(1, 1, 1))[1]
+        )
+        for _ in range(WINDOW):
+            block.site.run(x, block.given(), None)
+        dense, none, every = outputs
+        close(dense, block.expected(x, skip=False))
+        close(none, block.biases[2][None])
+        close(every, block.expected(x, skip=False))
 
 
 class TestOps:
