@@ -64,12 +64,16 @@ class _Given:
 
     def along(self, place: int, axis: int) -> Numbers:
         """Of a constant operand, where it is the same all along the other axes."""
-        rows = _rows(self.tracer.array(self.node.inputs[place]), axis)
-        return np.where((rows == rows[:, :1]).all(axis=1), rows[:, 0], np.nan)
+        array = self.tracer.array(self.node.inputs[place])
+        others = _all_but(array.ndim, axis)
+        # A table may be a large part of a model: nothing of its size is made but the comparison.
+        first = array[tuple(slice(None) if other == axis else slice(0, 1) for other in range(array.ndim))]
+        return np.where((array == first).all(axis=others), first.reshape(-1).astype(np.float64), np.nan)
 
     def zero(self, place: int, axis: int) -> npt.NDArray[np.bool_]:
         """Where a constant operand is zero all along the other axes."""
-        return ~(_rows(self.tracer.array(self.node.inputs[place]), axis) != 0).any(axis=1)
+        array = self.tracer.array(self.node.inputs[place])
+        return np.asarray(~(array != 0).any(axis=_all_but(array.ndim, axis)))
 
     def has(self, place: int) -> bool:
         """Whether there is such an operand."""
@@ -105,9 +109,8 @@ class _Given:
             return self._unknown()
 
 
-def _rows(array: npt.NDArray[np.generic], axis: int) -> Numbers:
-    """A constant as `[channels, all else]`."""
-    return np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1).astype(np.float64)
+def _all_but(rank: int, axis: int) -> tuple[int, ...]:
+    return tuple(other for other in range(rank) if other != axis)
 
 
 def _linear(given: _Given) -> Numbers:

@@ -188,8 +188,8 @@ class _Cutter:
         """The channels that a node does without."""
         if read.weight is None:
             return known == 0
-        weight = np.moveaxis(self._tracer.array(read.node.inputs[read.weight]), read.axis, 0)
-        unread = ~(weight != 0).reshape(weight.shape[0], -1).any(axis=1)
+        weight = self._tracer.array(read.node.inputs[read.weight])
+        unread = ~(weight != 0).any(axis=tuple(axis for axis in range(weight.ndim) if axis != read.axis))
         # At the border of a padded map a constant is missing: only zeros go without a trace.
         may = known == 0 if _is_padded(read.node) else np.isfinite(known)
         return unread | may
