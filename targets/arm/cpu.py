@@ -110,7 +110,11 @@ def unfit(cpu: ArmCpu) -> str | None:
     if platform.machine() not in MACHINES:
         return f"this machine is {platform.machine()}; models are exported for the CPU (sparsecomp export)"
     missing = sorted(cpu.needs - features())
-    return f"this CPU has no {', '.join(missing)}" if missing else None
+    if missing:
+        return f"this CPU has no {', '.join(missing)}"
+    if cpu.sve and not set(parts()) & set(_facts()[cpu.name]["parts"]):
+        return f"code for {cpu.name} takes SVE vectors of 256 bits, which those of this CPU need not have"
+    return None
 
 
 def _cores() -> list[tuple[str, str]]:

@@ -112,14 +112,14 @@ class LinearWeight:
     Attributes:
         level: of the schedules.
         shape: O and I.
-        packed: quads of the row kernels, or panels, of which a dense weight keeps all columns.
-        arrays: the same as the kernel takes them.
+        sizes: of the packing: `block`, `blocks` and `chunk` of quads, or `v` of panels.
+        arrays: as the kernel takes them: quads, or panels, of which a dense weight keeps all columns.
         kernel: of the candidate.
     """
 
     level: ArmLevel
     shape: tuple[int, int]
-    packed: QuadWeight | PanelWeight
+    sizes: dict[str, int]
     arrays: Arrays
     kernel: str
 
@@ -141,7 +141,8 @@ class LinearWeight:
                 if not largest <= float(np.finfo(np.float16).max):
                     raise ValueError(f"a weight of {largest:g} is more than float16 holds; leave the dtype float32")
                 values = values.astype(np.float16)
-            return cls(level, shape, quads, (values, *others), kernel)
+            sizes = {"block": quads.block, "blocks": quads.blocks, "chunk": quads.chunk}
+            return cls(level, shape, sizes, (values, *others), kernel)
         if kernel not in ("dense", "panel"):
             raise ValueError(f"there is no ARM kernel {kernel!r}")
         v = DENSE_V if candidate.is_dense else dict(candidate.params)["v"]
@@ -149,7 +150,7 @@ class LinearWeight:
         full = candidate.is_dense
         panels = PanelWeight.full(weight, v) if full else PanelWeight.pack(weight, v, signed_zeros=False)
         # The stored width of a panel is the same for all tiles.
-        return cls(level, shape, panels, tuple(panel.weights(panels, panel_schedule(v, 1).width)), kernel)
+        return cls(level, shape, {"v": v}, tuple(panel.weights(panels, panel_schedule(v, 1).width)), kernel)
 
     def call(self, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
         """Cut a call.
@@ -160,9 +161,9 @@ class LinearWeight:
         outputs, inputs = self.shape
         if tokens * max(self.shape) >= 2**31:
             raise ValueError(f"{tokens} tokens of {max(self.shape)} values are more than 32-bit numbers address")
-        if isinstance(self.packed, QuadWeight):
-            return self._rows(self.packed, tokens, threads, epilogue)
-        v = self.packed.v
+        if self.kernel in ROW_KERNELS:
+            return self._rows(tokens, threads, epilogue)
+        v = self.sizes["v"]
         tile = panel_tile(v, tokens)
         schedule = panel_schedule(v, tile)
         cut = schedules.panel_cut(tile, tokens, math.ceil(outputs / v), threads)
@@ -170,13 +171,13 @@ class LinearWeight:
         source = _source(self.level, f"panel_{v}_{tile}", schedule, epilogue, lambda: panel.build(schedule, epilogue))
         return SiteCall(Call(source, self.arrays, dims, cut.items, panel.SCRATCH_FLOATS, cut.group))
 
-    def _rows(self, packed: QuadWeight, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
+    def _rows(self, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
         level = row_level(self.level, self.kernel)
         cut = schedules.row_call(level, tokens, self.shape, threads)
         shape = row_schedule(cut.variant, self.kernel)
-        block_floats = packed.block * shape.tile
-        dims = (tokens, self.shape[1], self.shape[0], packed.blocks, block_floats, packed.chunk, cut.splits)
-        scratch = rows.scratch_floats(self.shape[1], packed.chunk, shape)
+        block, blocks, chunk = self.sizes["block"], self.sizes["blocks"], self.sizes["chunk"]
+        dims = (tokens, self.shape[1], self.shape[0], blocks, block * shape.tile, chunk, cut.splits)
+        scratch = rows.scratch_floats(self.shape[1], chunk, shape)
         source = _source(level, f"{self.kernel}_{cut.variant}", shape, epilogue, lambda: rows.build(shape, epilogue))
         return SiteCall(Call(source, self.arrays, dims, cut.items, scratch, shape.tile))
 

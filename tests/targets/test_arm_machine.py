@@ -85,6 +85,8 @@ class TestFinding:
         other = machine.create("arm:neoverse-v1")
         assert not isinstance(other, ArmMachine)
         assert other.why_not_here() == unfit(cpu("neoverse-v1")) == "this CPU has no sve"
+        self.be(monkeypatch, ("0x41", "0xd4f"), flags=f"{V8_2} sve")  # Neoverse V2: SVE of 128 bits
+        assert "256 bits" in str(machine.create("arm:neoverse-v1").why_not_here())
 
     def test_elsewhere_a_cpu_is_exported_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(platform, "machine", lambda: "x86_64")
