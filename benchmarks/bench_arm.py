@@ -23,7 +23,7 @@ from sparsecomp.planner.choose import MARGIN
 from sparsecomp.targets.arm import cost
 from sparsecomp.targets.arm.cpu import cpu, cpu_names
 from sparsecomp.targets.arm.target import ArmTarget
-from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+from sparsecomp.targets.base import DENSE, Problem, WeightFacts
 from sparsecomp.window import Maps, Window
 
 PATTERNS = ("dense", "unstructured@0.5", "unstructured@0.75", "unstructured@0.9", "2:4", "4:2:4", "8:2:4", "16:2:4")
@@ -48,11 +48,11 @@ CONV = (Window((1, 1)), Maps(1, 56, 56))
 
 def wins_from(target: ArmTarget, shape: tuple[int, int], tokens: int, window: Window | None, maps: Maps | None) -> str:
     """The least share of zeros from which a weight is predicted to be chosen, before any board was measured."""
-    candidate = Candidate("rows" if window is None else "conv", "unstructured")
     for percent in range(2, 100):
         facts = WeightFacts.assumed(*shape, Pattern.parse(f"unstructured@{percent / 100}"))
         problem = Problem(facts, tokens, 1, window=window, maps=maps)
-        if target.predict(candidate, problem) * MARGIN <= target.predict(DENSE, problem):
+        offered = target.candidates(facts) if window is None else target.conv_candidates(facts, window)
+        if any(target.predict(c, problem) * MARGIN <= target.predict(DENSE, problem) for c in offered[1:]):
             return f"{percent} %"
     return "never"
 
