@@ -332,3 +332,27 @@ def test_commands_say_what_is_wrong(model_file: Path, arguments: list[str], expe
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
     assert expected in result.stderr
+
+
+def test_nodes_out_of_order_are_put_in_order(tmp_path: Path) -> None:
+    """As ONNX Runtime takes them."""
+    model = cases.linear_model(cases.sparse_array(40, 24), np.ones(24, np.float32))
+    nodes = [*model.graph.node][::-1]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    before = model.SerializeToString()
+    onnx.save(model, tmp_path / "m.onnx")
+    for source in (model, tmp_path / "m.onnx"):
+        assert len(sparsecomp.onnx.inspect(source)) == 1
+    assert model.SerializeToString() == before
+
+
+def test_nodes_out_of_order_do_not_open_files(tmp_path: Path) -> None:
+    """Only the checker knows which files a model may read, and it takes no such model."""
+    model = cases.linear_model(cases.sparse_array(40, 24), np.ones(24, np.float32))
+    nodes = [*model.graph.node][::-1]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    with pytest.raises(ValueError, match="sorted"):
+        sparsecomp.onnx.inspect(tmp_path / "m.onnx")

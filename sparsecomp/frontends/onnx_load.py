@@ -46,18 +46,56 @@ def _read(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model) -> ir.Mod
         return source.clone()
     try:
         if isinstance(source, onnx.ModelProto):
-            _check(source)
-            return ir.from_proto(source)
+            return ir.from_proto(_checked(source))
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file; give the path of an ONNX model")
-        _check(onnx.load(path, load_external_data=False), path)
-        model = ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        checked = _checked(proto, path)
+        model = ir.load(path) if checked is proto else ir.from_proto(checked)
     except FileNotFoundError:
         raise
     except Exception as error:  # whatever a parser raises for what is no model
         raise ValueError(f"{_named(source)} is no valid ONNX model: {error}") from error
     return model
+
+
+def _checked(proto: onnx.ModelProto, path: Path | None = None) -> onnx.ModelProto:
+    """A valid model: this one, or the same with its nodes in an order in which they can run.
+
+    ONNX Runtime takes nodes in any order, and its own converter to float16 leaves some out of order.
+    """
+    try:
+        _check(proto, path)
+        return proto
+    except onnx.checker.ValidationError as error:
+        try:
+            model = ir.from_proto(proto)
+            model.graph.sort()
+            ordered = ir.to_proto(model)
+        except Exception:  # noqa: BLE001 -- whatever a parser raises for what is no model
+            raise error from None
+        # The checker looks at files beside a model by the path of that alone.
+        if path is not None and _has_files(model):
+            raise
+        _check(ordered)
+        return ordered
+
+
+def _has_files(model: ir.Model) -> bool:
+    """Whether constants of a model lie in other files."""
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    nodes = [node for body in bodies for node in body.all_nodes()]
+    graphs = {
+        id(graph): graph for graph in (model.graph, *(node.graph for node in nodes)) if isinstance(graph, ir.Graph)
+    }
+    stored = [value.const_value for graph in graphs.values() for value in graph.initializers.values()]
+    for attribute in (attribute for node in nodes for attribute in node.attributes.values() if not attribute.is_ref()):
+        if attribute.type == ir.AttributeType.TENSOR:
+            stored.append(attribute.as_tensor())
+        elif attribute.type == ir.AttributeType.TENSORS:
+            stored.extend(attribute.as_tensors())
+    return any(isinstance(tensor, ir.ExternalTensor) for tensor in stored)
 
 
 def _check(proto: onnx.ModelProto, path: Path | None = None) -> None:
