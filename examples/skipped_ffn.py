@@ -30,7 +30,7 @@ def folder_of(package: str) -> Path:
 
 
 def load() -> tuple[Any, Any, list[Tensor]]:
-    """SmolLM2-135M, its tokenizer, and windows of 256 tokens of news."""
+    """SmolLM2-135M, its tokenizer, and windows of 128 tokens of news."""
     import transformers
 
     source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -38,11 +38,11 @@ def load() -> tuple[Any, Any, list[Tensor]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
     text = (folder_of("gensim") / "test/test_data/lee_background.cor").read_text(encoding="latin-1")
-    ids = tokenizer(text[:60_000], return_tensors="pt")["input_ids"][0]
-    return model, tokenizer, list(ids[: len(ids) // 256 * 256].reshape(-1, 256).split(1))
+    ids = tokenizer(text[:8_000], return_tensors="pt")["input_ids"][0]
+    return model, tokenizer, list(ids[: len(ids) // 128 * 128].reshape(-1, 128).split(1))
 
 
-def write(model: Any, prompt: dict[str, Tensor], cache: str, tokens: int = 48) -> tuple[Tensor, float]:
+def write(model: Any, prompt: dict[str, Tensor], cache: str, tokens: int = 32) -> tuple[Tensor, float]:
     """Write greedily; the tokens, and how many of them a second."""
     options = {"cache_implementation": "static"} if cache == "static" else {}
     start = time.perf_counter()
@@ -62,11 +62,11 @@ def main() -> None:
 
     # The same rate for every layer: seconds; without layerwise=False the rates are fitted to the layers, in minutes.
     skips = sparsecomp.calibrate_skips(
-        model, windows[:8], arguments.form, filter_fn=lambda _, name: ".mlp" in name, layerwise=False
+        model, windows[:-4], arguments.form, filter_fn=lambda _, name: ".mlp" in name, layerwise=False
     )
-    dense = perplexity(model, windows[-8:])
+    dense = perplexity(model, windows[-4:])
     with emulate(model, skips) as rates:
-        value = perplexity(model, windows[-8:])
+        value = perplexity(model, windows[-4:])
     print(f"perplexity {value:.2f}, dense {dense:.2f}; {rates.mean():.0%} skipped")
 
     prompt = tokenizer("The old lighthouse keeper climbed the stairs, and", return_tensors="pt")

@@ -18,7 +18,10 @@ def generate(
     ],
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="'relu', 'threshold:0.4', 'input:0.4', 'rsparse:0.4' or 'block:0.98'; several times."),
+        typer.Option(
+            help="'relu', 'threshold:0.4', 'input:0.4', 'rsparse:0.4' or 'block:0.98', or a plan (.json) by which "
+            "the model was pruned; several times."
+        ),
     ] = None,
     only: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Sites whose name this matches may skip; such as 'mlp'.")
@@ -38,11 +41,12 @@ def generate(
     """Time a language model's `generate` under Inductor and under the sparse backend, with each form of skipping."""
     with errors_for_people():
         set_threads(threads)
+        from sparsecomp.planner import Plan
         from sparsecomp.planner.skips import SkipForm
         from sparsecomp.skipping.generate import CACHES
 
         # What the user gave is checked before a large model is loaded.
-        forms = [SkipForm.parse(text) for text in skip or ()]
+        forms = {text: Plan.load(text) if text.endswith(".json") else SkipForm.parse(text) for text in skip or ()}
         if save is not None and len(forms) != 1:
             raise ValueError(f"--save writes one skip plan, but --skip was given {len(forms)} times")
         if cache not in CACHES:
@@ -73,7 +77,7 @@ def _expression(only: str | None) -> re.Pattern[str] | None:
 def _measure(
     model: Any,
     batches: list[Any],
-    forms: list[Any],
+    forms: dict[str, Any],
     rule: re.Pattern[str] | None,
     uniform: bool,
     save: Path | None,
@@ -82,6 +86,7 @@ def _measure(
     cache: str,
     rounds: int,
 ) -> list[tuple[str, float, float, float, float, float]]:
+    from sparsecomp.planner import Plan
     from sparsecomp.skipping import calibrate_skips, emulate
     from sparsecomp.skipping.generate import Candidate, perplexity, time_generation
 
@@ -90,15 +95,16 @@ def _measure(
     dense = perplexity(model, scored)
     candidates = {"Inductor": Candidate(model, "inductor"), "sparse": Candidate(model, "sparse")}
     quality = {"Inductor": (dense, 0.0), "sparse": (dense, 0.0)}
-    for form in forms:
+    for name, form in forms.items():
         filter_fn = None if rule is None else lambda module, name: rule.search(name) is not None
         plan = calibrate_skips(model, used, form, filter_fn=filter_fn, layerwise=not uniform)
         if save is not None:
             plan.save(save)
         with emulate(model, plan) as rates:
             value = perplexity(model, scored)
-        candidates[f"sparse, {form}"] = Candidate(model, "sparse", {"skip": plan})
-        quality[f"sparse, {form}"] = (value, rates.mean())
+        options = {"skip": plan} | ({"plan": form} if isinstance(form, Plan) else {})
+        candidates[f"sparse, {name}"] = Candidate(model, "sparse", options)
+        quality[f"sparse, {name}"] = (value, rates.mean())
     prompt = scored[-1][:, -prompt_tokens:]
     timings = time_generation(candidates, prompt, new_tokens=new_tokens, rounds=rounds, cache=cache)
     return [

@@ -12,8 +12,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from sparsecomp.cli import app
-from sparsecomp.skipping import calibrate_skips, emulate
+from sparsecomp.planner import Plan, SiteChoice
+from sparsecomp.skipping import SkipForm, SkipPlan, calibrate_skips, emulate
 from sparsecomp.skipping.generate import Candidate, perplexity, time_generation
+from sparsecomp.targets.base import DENSE
 
 
 def _written(model: Any, prompt: Tensor, count: int) -> Tensor:
@@ -97,6 +99,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "message"),
     [
         (["--skip", "treshold:0.4"], "did you mean 'threshold'"),
+        (["--skip", "missing.json"], "missing.json does not exist"),
         (["--save", "skips.json"], "--save writes one skip plan"),
         (["--only", "("], "no regular expression"),
         (["--tokens", "5000"], "at most 256 tokens"),
@@ -112,18 +115,30 @@ def test_bench_generate_says_what_is_wrong(llama_folder: Path, arguments: list[s
 
 @pytest.mark.slow
 def test_bench_generate_prints_a_line_for_every_form(llama_folder: Path, tmp_path: Path) -> None:
+    block = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")]
+    skips = dict.fromkeys(block, "threshold:0.4") | {"model.layers.1.self_attn.q_proj": "input:0.5"}
+    sites = [
+        SiteChoice(
+            name, (0, 0), 1, 1.0, DENSE, "", skip=SkipForm.parse(form), block="model.layers.0.mlp" * (name in block)
+        )
+        for name, form in skips.items()
+    ]
+    Plan("x86", sites).save(tmp_path / "plan.json")
     result = CliRunner().invoke(
         app,
         [
             *("bench", "generate", str(llama_folder), "--calibration", str(llama_folder / "text.txt")),
-            *("--skip", "input:0.4", "--only", "mlp", "--uniform", "--save", str(tmp_path / "skips.json")),
+            *("--skip", str(tmp_path / "plan.json"), "--save", str(tmp_path / "skips.json")),
             *("--tokens", "32", "--sequences", "4", "--new-tokens", "4", "--rounds", "1"),
         ],
     )
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert [line[:28].strip() for line in lines[1:]] == ["Inductor", "sparse", "sparse, input:0.4"]
-    assert (tmp_path / "skips.safetensors").is_file() or (tmp_path / "skips.json").is_file()
+    assert [line[:8].strip() for line in lines[1:]] == ["Inductor", "sparse", "sparse,"]
+    assert {name: str(choice.form) for name, choice in SkipPlan.load(tmp_path / "skips.json").items()} == {
+        "model.layers.0.mlp": "threshold:0.4",
+        "model.layers.1.self_attn.q_proj": "input:0.5",
+    }
 
 
 def test_bench_of_an_onnx_model_is_told_from_generate() -> None:
