@@ -151,7 +151,7 @@ def _api() -> Any:
 
 
 def parts_of(given: list[str] | None) -> dict[str, list[str]]:
-    """What `--shape` gives for each dimension, by the name of an input.
+    """What `--shape` gives for each dimension, with x or commas between, by the name of an input.
 
     Raises:
         ValueError: a text has another form.
@@ -161,7 +161,7 @@ def parts_of(given: list[str] | None) -> dict[str, list[str]]:
         name, _, sizes = text.rpartition("=")
         if not name or not sizes:
             raise ValueError(f"--shape {text!r}: {_SHAPE_FORM}")
-        parts[name] = sizes.lower().split("x")
+        parts[name] = sizes.split(",") if "," in sizes else sizes.lower().split("x")
     return parts
 
 

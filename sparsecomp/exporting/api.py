@@ -66,8 +66,9 @@ def export(
         target: `arm`; or `host` for the same code built for this x86-64 machine, to test it.
         cpu_name: the board's CPU, one of `sparsecomp.targets.arm.cpu_names()`; of `host` the one that is planned for.
         shapes: sizes of inputs by name; what a model leaves open is 1 first, then 128, and 224 for images. A size that
-            each run of the package gives is a range, such as `(1, "1..128")`; memory is planned for its largest. Of a
-            module the names are those of the parameters of `forward`.
+            each run of the package gives is a range, such as `(1, "1..128")`; memory is planned for its largest. Ranges
+            with one name, as in `"length:1..128"`, are one size. Of a module the names of inputs are those of the
+            parameters of `forward`.
         options: `plan`, `patterns` and `exclude` as for `torch.compile`.
         threads: most that a call uses, where the package is built with OpenMP.
         dtype: `float16` lets sparse linears compute in half precision where that is predicted to be faster, on CPUs

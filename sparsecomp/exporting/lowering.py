@@ -85,6 +85,7 @@ def _import(
     source: str,
     symbols: Symbols,
 ) -> Any:
+    import tvm
     from tvm import relax
     from tvm.relax.frontend.onnx import onnx_frontend
 
@@ -110,6 +111,8 @@ def _import(
             return super()._parse_value_proto(value_proto)
 
         def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
+            if op_name == "Range" and (found := _counted(tvm, list(inputs))) is not None:
+                return self.bb.normalize(found)
             if op_name != SITE_OP:
                 return super()._convert_operator(op_name, inputs, attrs, opset)
             index = attrs["index"]
@@ -131,6 +134,19 @@ def _import(
         node = importer.node_at_work
         where = "" if node is None else f"node {_named(node)} ({node.op_type}) "
         raise UnsupportedError(f"{source}: {where}cannot be exported: {error}") from error
+
+
+def _counted(tvm: Any, inputs: Sequence[Any]) -> Any:
+    """The numbers 0, 1 and so on up to a size that each run gives; None for other ranges.
+
+    TVM's importer knows no length of such a range, and so of nothing that is computed from it.
+    """
+    start, limit, step = inputs
+    if not (tvm.ir.is_prim_expr(limit) and all(isinstance(value, tvm.ir.GenericConst) for value in (start, step))):
+        return None
+    if (int(start.value.numpy()), int(step.value.numpy())) != (0, 1) or str(start.ty.dtype) != "int64":
+        return None
+    return tvm.relax.op.arange(tvm.relax.prim_value(0), limit, tvm.relax.prim_value(1), "int64")
 
 
 def _named(node: onnx.NodeProto) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from sparsecomp.exporting.program import Size
 
 _MOST = 1 << 20
-_RANGE = re.compile(r"(\d{1,7})\.\.(\d{1,7})")
+_RANGE = re.compile(r"(?:([A-Za-z]\w*):)?(\d{1,7})\.\.(\d{1,7})")
 
 _MADE_UP = re.compile(r"s\d+")
 
@@ -26,7 +26,8 @@ def parse_shapes(model: ir.Model, given: Given) -> tuple[dict[str, list[int]], d
 
     Args:
         model: whose dimensions of one name have one size.
-        given: by the name of an input its sizes: numbers, or texts such as `1..128`.
+        given: by the name of an input its sizes: numbers, or texts such as `1..128`, or `length:1..128`, which gives
+            the size a name: what has one name is one size, also where the model does not say so.
 
     Returns:
         The sizes with the largest of each range, and by input and place the sizes that each run gives, also of inputs
@@ -49,10 +50,14 @@ def parse_shapes(model: ir.Model, given: Given) -> tuple[dict[str, list[int]], d
                     f"size {place} of input {name!r} cannot be the range {size}: the model has [{', '.join(dims)}], "
                     "and only a size that it leaves open can change from run to run"
                 )
+            label, *bounds = found
             # PyTorch makes up names such as s12.
-            known = sizes.setdefault(symbol, Size(f"{name}_{place}" if _MADE_UP.fullmatch(symbol) else symbol, *found))
-            if (known.least, known.most) != found:
-                raise ValueError(f"size {symbol!r} was given as {known.least}..{known.most} and as {size}")
+            made_up = f"{name}_{place}" if _MADE_UP.fullmatch(symbol) else symbol
+            known = sizes.get(symbol, Size(label or made_up, *bounds))
+            known = next((other for other in sizes.values() if other.name == known.name), known)
+            if [known.least, known.most] != bounds:
+                raise ValueError(f"size {known.name!r} was given as {known.least}..{known.most} and as {size}")
+            sizes[symbol] = known
     ranges = {
         (name, place): sizes[symbol]
         for name, value in inputs.items()
@@ -76,18 +81,18 @@ def _symbol(value: ir.Value, place: int) -> str | None:
 def _most(name: str, size: str) -> int:
     found = _range(name, size)
     assert found is not None
-    return found[1]
+    return found[2]
 
 
-def _range(name: str, size: int | str) -> tuple[int, int] | None:
-    """Least and most of a range; None for a number."""
+def _range(name: str, size: int | str) -> tuple[str | None, int, int] | None:
+    """The name of a range, if it has one, with its least and most; None for a number."""
     if isinstance(size, int):
         return None
     found = _RANGE.fullmatch(size)
-    least, most = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1 <= least <= most <= _MOST:
+    least, most = (int(found[2]), int(found[3])) if found else (0, 0)
+    if found is None or not 1 <= least <= most <= _MOST:
         raise ValueError(f"size {size!r} of input {name!r}: expected a number, or a range such as 1..128 up to {_MOST}")
-    return least, most
+    return found[1], least, most
 
 
 def dynamic_shapes(module: nn.Module, count: int, given: Given) -> Any:

@@ -57,6 +57,33 @@ def test_every_size_of_a_range_is_computed_and_clean_under_sanitizers(tmp_path: 
         cases.close(arm_tools.run(program, [x], expected, sizes=sizes)[0], expected[0])
 
 
+@needs_x86
+def test_numbers_up_to_a_size_have_its_length(tmp_path: Path) -> None:
+    """Positions of tokens, as PyTorch exports them."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["length"], start=0, end=1),
+        helper.make_node("Squeeze", ["length"], ["scalar"]),
+        helper.make_node("Range", ["zero", "scalar", "one"], ["numbers"]),
+        helper.make_node("Cast", ["numbers"], ["positions"], to=1),
+        helper.make_node("Unsqueeze", ["positions", "axis"], ["column"]),
+        helper.make_node("Add", ["x", "column"], ["y"]),
+    ]
+    constants = {"zero": np.int64(0), "one": np.int64(1), "axis": np.array([1])}
+    model = cases.model_of(nodes, {"x": ["length", 6]}, constants)
+    sparsecomp.export(model, output=tmp_path, target="host", shapes={"x": ("1..9", 6)})
+    program = arm_tools.build(tmp_path, [arm_tools.host_compiler()])
+    x = np.ones((5, 6), np.float32)
+    expected = x + np.arange(5, dtype=np.float32)[:, None]
+    cases.close(arm_tools.run(program, [x], [expected], sizes=[5])[0], expected)
+
+
+@pytest.mark.arm
+def test_a_package_without_kernels_builds_without_a_warning_in_clang(tmp_path: Path) -> None:
+    model = cases.model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": ["length", 6]}, {})
+    sparsecomp.export(model, output=tmp_path, shapes={"x": ("1..9", 6)})
+    arm_tools.build(tmp_path, arm_tools.cross_compiler())
+
+
 class Convolutions(nn.Module):
     """A strided convolution, a depthwise one, and a linear over what is left."""
 
@@ -122,6 +149,17 @@ def test_few_tokens_run_dense_where_sparse_would_be_slower(tmp_path: Path) -> No
     assert any("dense where it gets at most" in note for note in report.notes)
     few = sparsecomp.export(model, output=tmp_path, target="host", shapes={"x": ("16..64", 96)})
     assert not any("dense where" in note for note in few.notes)
+
+
+def test_sizes_of_one_name_are_one_size() -> None:
+    nodes = [helper.make_node("Add", ["x", "z"], ["y"])]
+    model = ir.from_proto(cases.model_of(nodes, {"x": ["s1", 4], "z": ["s2", 4]}, {}))
+    largest, ranges = parse_shapes(model, {"x": ("batch:1..8", 4), "z": ("batch:1..8", 4)})
+    assert largest == {"x": [8, 4], "z": [8, 4]}
+    assert ranges == {("x", 0): Size("batch", 1, 8), ("z", 0): Size("batch", 1, 8)}
+    assert parse_shapes(model, {"x": ("1..8", 4)})[1] == {("x", 0): Size("x_0", 1, 8)}
+    with pytest.raises(ValueError, match=r"size 'batch' was given as 1\.\.8 and as batch:1\.\.9"):
+        parse_shapes(model, {"x": ("batch:1..8", 4), "z": ("batch:1..9", 4)})
 
 
 @given(st.integers(1, 500), st.integers(0, 5000))
