@@ -243,12 +243,12 @@ def test_of_a_target_that_is_not_here_only_layers_are_priced(monkeypatch: pytest
     monkeypatch.undo()
     monkeypatch.setattr(planning, "model_us", lambda *_: pytest.fail("nothing of it can be measured here"))
     monkeypatch.setattr(pricing, "measure", lambda *_: pytest.fail("nothing of it can be measured here"))
-    plan = make(Stack(), target="arm:neoverse-v1", speedup=1.05)
-    assert plan.target == "arm:neoverse-v1"
+    plan = make(Stack(), target="arm:cortex-a72", speedup=1.05)
+    assert plan.target == "arm:cortex-a72"
     assert plan.summary is not None
     assert plan.summary.rest_us == 0
     assert plan.summary.dense_us == pytest.approx(sum(choice.dense_us or 0.0 for choice in plan))
     assert plan.summary.speedup >= 1.05
     assert {choice.chosen.kernel for choice in plan if choice.prune} <= {"rows", "panel"}
     with pytest.raises(ValueError, match="cannot be measured here"):
-        make(Stack(), target="arm:neoverse-v1", speedup=1.5, autotune=True)
+        make(Stack(), target="arm:cortex-a72", speedup=1.05, autotune=True)
