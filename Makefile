@@ -41,6 +41,7 @@ bench: $(STAMPS)/dev
 	$(PY) benchmarks/bench_conv_quality.py
 	$(PY) benchmarks/bench_cost_model.py $(BENCH_ARGS)
 	$(PY) benchmarks/bench_onnx.py $(BENCH_ARGS)
+	$(PY) benchmarks/bench_cuda_cost.py
 	$(PY) benchmarks/write_results.py
 
 # An environment that is there already is used as it is.
@@ -57,7 +58,7 @@ $(STAMPS)/demo: $(STAMPS)/venv $(PACKAGING)
 	touch $@
 
 $(STAMPS)/dev: $(STAMPS)/demo
-	$(PIP) -e '.[models,onnx,arm,dev]'
+	$(PIP) -e '.[models,onnx,arm,fpga,dev]'
 	touch $@
 
 clean:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("kernels", "models", "conv", "conv_quality", "cost_model", "pruning", "planner", "generate", "onnx")
+NAMES = ("kernels", "models", "conv", "conv_quality", "cost_model", "pruning", "planner", "generate", "onnx", "cuda_cost")
 
 HEAD = """# Results
 

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsecomp.targets.base import Target
 
-_FAMILIES = {"x86": "sparsecomp.targets.x86.target", "arm": "sparsecomp.targets.arm.machine"}
+_FAMILIES = {
+    "x86": "sparsecomp.targets.x86.target",
+    "arm": "sparsecomp.targets.arm.machine",
+    "cuda": "sparsecomp.targets.cuda.target",
+}
 """Where the targets of a family are: a module with `names()`, all of them in full, and `create(name)`.
 
 Imported on demand: a family brings its facts, kernels and code generator with it.

@@ -1,0 +1,78 @@
+"""`CudaTarget`: what 2:4 would bring on an NVIDIA card, without one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from sparsecomp.patterns import Pattern
+from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts
+from sparsecomp.targets.cuda import cost
+from sparsecomp.targets.cuda.cards import Card, card, card_names
+
+TWO_FOUR = Pattern.parse("2:4")
+SEMI = Candidate("semi_structured", "2:4")
+"""PyTorch's semi-structured products: cuSPARSELt."""
+
+
+def names() -> tuple[str, ...]:
+    """The targets of this family."""
+    return tuple(f"cuda:{name}" for name in card_names())
+
+
+@functools.cache
+def create(name: str) -> CudaTarget:
+    """The target of a name, such as `cuda:h100`."""
+    return CudaTarget(card(name.partition(":")[2]))
+
+
+class CudaTarget(Target):
+    """An NVIDIA card.
+
+    Args:
+        card: the card.
+    """
+
+    device = "cuda"
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.name = f"cuda:{card.name}"
+        origin = "fitted to published times" if card.measured else "with constants of another card, nothing measured"
+        self.description = f"{self.name}, {card.board}, {card.sms} multiprocessors; {origin}"
+
+    def why_not_here(self) -> str | None:
+        """See `Target.why_not_here`."""
+        return "explain and plan price it; nothing runs on a GPU yet"
+
+    def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
+        """See `Target.candidates`."""
+        fits = any(TWO_FOUR.admits(found.pattern) for found in facts.patterns)
+        wanted = allowed is None or any(Pattern.parse(text).admits(TWO_FOUR) for text in allowed)
+        full = facts.nonzeros == facts.out_features * facts.in_features
+        return [DENSE, SEMI] if fits and wanted and not full else [DENSE]
+
+    def predict(self, candidate: Candidate, problem: Problem) -> float:
+        """See `Target.predict`; infinity for 2:4 where the libraries do not take the weight, or lose by its size."""
+        if problem.tokens == 0:
+            return 0.0
+        if candidate.is_dense:
+            return cost.predict_us(self.card, problem, sparse=False)
+        rows = cost.ROWS.get(problem.dtype)
+        shape = (problem.facts.out_features, problem.facts.in_features)
+        if rows is None or min(shape) < cost.CHANNELS or any(size % rows for size in shape):
+            return float("inf")
+        return cost.predict_us(self.card, problem, sparse=True)
+
+    def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
+        """Raise a ValueError: nothing runs on a GPU yet."""
+        raise ValueError(f"{candidate} of {self.name} cannot be prepared: {self.why_not_here()}")
+
+    def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
+        """See `Target.packed_bytes`: half of the entries, and two bits for each of them."""
+        entries = facts.out_features * facts.in_features
+        return entries * dtype.itemsize if candidate.is_dense else entries * dtype.itemsize // 2 + entries // 8
