@@ -53,7 +53,9 @@ def plan_sites(
     """Find the sites of all graphs of a model and choose what each becomes."""
     if model.opset_imports.get("", OLDEST_OPSET) < OLDEST_OPSET:
         return []
-    found = found_sites(build(model, infer(model, shapes)))
+    found = [*found_sites(build(model, infer(model, shapes)))]
+    weights = {site.weight_op: site.weight for _, site, facts in found if facts is not None}
+    target.weight_bytes = sum(4 * weight.numel() for weight in weights.values())
     return _settle_layouts([_choose(overlay, site, facts, options, target) for overlay, site, facts in found], target)
 
 

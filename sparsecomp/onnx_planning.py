@@ -6,6 +6,7 @@ It is that of modules (`sparsecomp.planning`, `sparsecomp.pruning`), with latenc
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sparsecomp.frontends.onnx_module import OnnxModule
 from sparsecomp.log import log
+from sparsecomp.patterns import Pattern
 from sparsecomp.planner import Plan
 from sparsecomp.planner.budget import Budget, Summary
 from sparsecomp.planner.plan import SiteChoice
@@ -27,7 +29,7 @@ from sparsecomp.pruning.criterion import criterion_named
 from sparsecomp.pruning.sites import choose_sites
 from sparsecomp.pruning.sparsify import sparsify_
 from sparsecomp.runtime.ort_timing import product_call
-from sparsecomp.targets.base import Target
+from sparsecomp.targets.base import DENSE, Problem, Target, WeightFacts
 from sparsecomp.targets.cpu.timing import median_seconds
 
 Calibration = Mapping[str, Any] | str | os.PathLike[str]
@@ -129,7 +131,7 @@ def choose_patterns(
 
     def price() -> Priced:
         pricer = Pricer(target, autotune=False)
-        scale = _scale(entries)
+        scale = _scale(entries, target)
         dense_us = _dense_us(module, batches[0].kwargs)
         plan = Plan(target.name, threads=torch.get_num_threads())
         plan.sites = [scaled(choice, scale) if choice in entries else choice for choice in choices]
@@ -155,20 +157,21 @@ def _dense_us(module: OnnxModule, feeds: Mapping[str, Tensor]) -> float:
     return 1e6 * median_seconds(lambda: session.run(None, given), _SECONDS)
 
 
-def _scale(entries: Sequence[SiteChoice]) -> float:
+def _scale(entries: Sequence[SiteChoice], target: Target) -> float:
     """Microseconds of ONNX Runtime's dense products as measured now over those predicted, all linears together.
 
-    The clock may differ from that of the calibration, which changes all costs alike.
+    The clock may differ from that of the calibration, which changes all costs alike. Each is measured by itself, and so
+    is what is predicted here: the caches are for it alone.
     """
-    known: dict[tuple[tuple[int, int], int], float] = {}
+    from sparsecomp.targets.x86.ort_target import LibraryTarget
+
+    alone, threads = LibraryTarget(target), torch.get_num_threads()
+    products = Counter((entry.shape, entry.tokens) for entry in entries if entry.maps is None and entry.tokens)
     measured = predicted = 0.0
-    for entry in entries:
-        if entry.maps is None and entry.tokens:
-            key = (entry.shape, entry.tokens)
-            if key not in known:
-                known[key] = _product_us(entry.shape, entry.tokens)
-            measured += known[key]
-            predicted += entry.dense_us or 0.0
+    for (shape, tokens), count in products.items():
+        facts = WeightFacts.assumed(*shape, Pattern.parse("dense"))
+        measured += count * _product_us(shape, tokens)
+        predicted += count * alone.predict(DENSE, Problem(facts, tokens, threads))
     return measured / predicted if predicted else 1.0
 
 

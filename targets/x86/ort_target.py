@@ -22,6 +22,7 @@ from sparsecomp.targets.cpu.counts import ACTIVATION_COST
 from sparsecomp.targets.cpu.level import Level
 from sparsecomp.targets.x86 import calibration, conv_cost, cost
 from sparsecomp.targets.x86.cpu import LEVELS, caches, level
+from sparsecomp.targets.x86.target import FEW_TOKENS
 from sparsecomp.window import Maps, Window
 
 FULL = Candidate("full", "dense")
@@ -68,6 +69,7 @@ class LibraryTarget(Target):
 
     Attributes:
         level: instruction set level.
+        weight_bytes: of all dense weights that a call of the model reads, which share the caches; 0 for one by itself.
 
     Raises:
         ValueError: there is no library for such a target.
@@ -77,9 +79,10 @@ class LibraryTarget(Target):
         family, _, name = target.name.partition(":")
         if family != "x86" or name not in LEVELS:
             raise ValueError(f"there is no ONNX Runtime library for target {target.name!r}; give 'x86'")
-        self.name, self.level = target.name, level(name)
+        self.name, self.level, self.weight_bytes = target.name, level(name), 0
         self._target = target
         self._machine = cost.Machine(self.level, caches())
+        self._kernels = calibration.load(name).coefficients
         found = calibration.load(name, _PRICES)
         self._prices = found.coefficients
         self.description = f"{target.description}; dense in ONNX Runtime: {found.origin}"
@@ -104,11 +107,30 @@ class LibraryTarget(Target):
             # What follows a convolution is part of it there.
             plain = replace(problem, activation="none", residual=False)
             return cost.price(self._prices, *conv_cost.quantities(self._machine, DENSE, plain))
+        if candidate.kernel in ("gather", "mask") and problem.tokens > FEW_TOKENS:
+            return math.inf
+        machine = self._machine_for(problem.facts)
         if candidate == FULL:
-            return cost.price(self._prices, "full", full_quantities(self._machine, problem))
+            return cost.price(self._prices, "full", full_quantities(machine, problem))
+        name, counted = cost.quantities(machine, candidate, problem)
         if candidate == DENSE:
-            return cost.price(self._prices, *cost.quantities(self._machine, candidate, problem))
-        return self._target.predict(candidate, problem)
+            return cost.price(self._prices, name, counted)
+        # Kernels for many tokens are calibrated with weights that the caches hold. From memory none comes faster than
+        # the dense form, which is read from the first byte to the last.
+        prices, least = self._kernels[name], self._prices["full"]["memory_bytes"]
+        prices = {**prices, "memory_bytes": max(prices["memory_bytes"], least)}
+        return cost.price({name: prices}, name, counted)
+
+    def _machine_for(self, facts: WeightFacts) -> cost.Machine:
+        """The machine with that part of the caches that a weight has to itself.
+
+        From one call to the next they hold what all weights of the model leave of each other.
+        """
+        own = 4 * facts.out_features * facts.in_features
+        if own == 0 or self.weight_bytes <= own:
+            return self._machine
+        share, found = own / self.weight_bytes, self._machine.caches
+        return replace(self._machine, caches=replace(found, l2=int(share * found.l2), l3=max(1, int(share * found.l3))))
 
     def reorder_us(self, values: int) -> float:
         """Predicted microseconds to bring so many values of maps into another layout."""

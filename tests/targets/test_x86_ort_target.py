@@ -106,3 +106,18 @@ def test_fewer_lanes_never_make_dense_cheaper(tokens: int, tmp_path: Path, monke
             LibraryTarget(get_target(f"x86:{name}")).predict(candidate, problem) for name in LEVELS if supported(name)
         ]
         assert costs == sorted(costs)
+
+
+def test_a_weight_among_many_comes_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is small in memory gains most where the caches hold other weights."""
+    monkeypatch.setenv("SPARSECOMP_CACHE_DIR", str(tmp_path))
+    target = LibraryTarget(get_target())
+    facts = WeightFacts.assumed(768, 768, Pattern.parse("unstructured@0.8"))
+
+    def gain() -> float:
+        alone = (target.predict(candidate, Problem(facts, 1, 1)) for candidate in (DENSE, GATHER))
+        return next(alone) / next(alone)
+
+    by_itself = gain()
+    target.weight_bytes = 1 << 34
+    assert gain() > by_itself
