@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("kernels", "models", "conv", "conv_quality", "cost_model", "pruning", "planner", "generate", "onnx", "cuda_cost")
+NAMES = ("kernels", "models", "conv", "conv_quality", "cost_model", "pruning", "planner", "generate", "onnx")
+NAMES += ("cuda_cost",)
 
 HEAD = """# Results
 

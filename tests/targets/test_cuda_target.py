@@ -62,6 +62,23 @@ def test_weights_with_values_count_as_they_are() -> None:
     assert down.reason == "dense: the weight has no zeros"
 
 
+def test_convolutions_are_priced_and_stay_dense() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 512, 1)).half()
+        x = torch.empty(2, 64, 16, 16, dtype=torch.half)
+    report = sparsecomp.explain(model, x, target="cuda:a100", assume="2:4")
+    assert all(choice.chosen.is_dense and (choice.dense_us or 0) > 0 for choice in report)
+
+
+def test_a_plan_is_made_for_a_card_that_is_not_here() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)).bfloat16()
+    batches = [torch.randn(64, 512).bfloat16() for _ in range(3)]
+    plan = sparsecomp.plan(model, batches, speedup=1.05, patterns=["2:4"], target="cuda:l4")
+    assert plan.target == "cuda:l4"
+    assert SEMI in [choice.chosen for choice in plan.sites]
+
+
 def test_a_card_is_refused_where_it_has_to_run() -> None:
     compiled = torch.compile(nn.Linear(8, 8), backend="sparse", options={"target": "cuda:h100"})
     with torch.no_grad(), pytest.raises(Exception, match="target cuda:h100 cannot run here"):
