@@ -138,7 +138,7 @@ def test_explain_of_no_model(tmp_path: Path) -> None:
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT with the tokenizer of MiniLM, and a text beside it."""
     folder = tmp_path_factory.mktemp("text")
-    model = models.bert(layers=2, width=32, heads=2, max_position_embeddings=64)
+    model = models.bert(layers=2, width=128, heads=2, max_position_embeddings=64)
     model.save_pretrained(folder)  # type: ignore[operator]
     models.minilm()[1].save_pretrained(folder)
     (folder / "text.txt").write_text("\n".join(models.SENTENCES * 8), encoding="utf-8")
@@ -182,7 +182,7 @@ def test_prune_writes_a_model_that_transformers_reads(text_model: Path, options:
 
     model = transformers.AutoModel.from_pretrained(output)
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
-    assert model(**tokenizer("a text", return_tensors="pt")).last_hidden_state.shape[-1] == 32
+    assert model(**tokenizer("a text", return_tensors="pt")).last_hidden_state.shape[-1] == 128
 
 
 @pytest.mark.parametrize(
