@@ -80,7 +80,7 @@ class RuntimeSite(WeightSite[int, Kernel]):
 
 
 def _plain(value: Tensor) -> Tensor:
-    """A value in float32, contiguous. Most are already, and each conversion that is not asked for saves a microsecond."""
+    """A value in float32, contiguous. Most are, and each conversion that is not asked for saves a microsecond."""
     return (value if value.dtype == torch.float32 else value.float()).contiguous()
 
 
