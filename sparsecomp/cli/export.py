@@ -45,6 +45,7 @@ def export(
         str | None, typer.Option(help="hls: of a call, such as 1ms; the smallest such design.")
     ] = None,
     vectors: Annotated[int, typer.Option(help="hls: rows of a call, where the model leaves them open.")] = 1,
+    rtl: Annotated[bool, typer.Option("--rtl", help="hls: also DSLX and its Verilog, by XLS, in rtl/.")] = False,
 ) -> None:
     """Write a package of C, objects and weights that runs a model on a board without Python, PyTorch or TVM.
 
@@ -57,12 +58,12 @@ def export(
         if target == "hls":
             if sizes or plan or exclude or threads != 1 or dtype != "float32" or ram or flash:
                 raise ValueError(
-                    "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --vectors"
+                    "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --vectors, --rtl"
                 )
-            _export_hls(model, output, part, clock, calibration, max_dsp, max_latency, vectors)
+            _export_hls(model, output, part, clock, calibration, max_dsp, max_latency, vectors, rtl)
             return
-        if calibration or max_dsp is not None or max_latency is not None:
-            raise ValueError("--calibration, --max-dsp and --max-latency belong to --target hls")
+        if calibration or max_dsp is not None or max_latency is not None or rtl:
+            raise ValueError("--calibration, --max-dsp, --max-latency and --rtl belong to --target hls")
         try:
             from sparsecomp.exporting.api import export as write
         except ModuleNotFoundError as error:
@@ -92,6 +93,7 @@ def _export_hls(
     max_dsp: int | None,
     max_latency: str | None,
     vectors: int,
+    rtl: bool,
 ) -> None:
     try:
         from sparsecomp.hls.api import export_hls
@@ -106,6 +108,7 @@ def _export_hls(
         max_dsp=max_dsp,
         max_latency=max_latency,
         vectors=vectors,
+        rtl=rtl,
     )
     print(made)
     print(f"written to {output}; make -C {output} csim simulates it")

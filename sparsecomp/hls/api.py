@@ -21,6 +21,7 @@ from sparsecomp.hls.design import Design, design
 from sparsecomp.hls.importing import network_of
 from sparsecomp.hls.network import HIGH, LOW, Network
 from sparsecomp.hls.quantise import is_quantised, quantise
+from sparsecomp.hls.rtl import rtl_project
 from sparsecomp.targets.hls import part as part_of
 
 DEFAULT_PART = "xczu7ev"
@@ -40,6 +41,7 @@ def export_hls(
     max_latency: float | str | None = None,
     patterns: Sequence[str] | None = None,
     vectors: int = 1,
+    rtl: bool = False,
 ) -> Design:
     """Write a project of HLS C++ for an ONNX model.
 
@@ -54,6 +56,7 @@ def export_hls(
         max_latency: of one call, nanoseconds or as "1ms"; the design is made as small as it allows.
         patterns: printed patterns that may be used; every one that a weight satisfies if None.
         vectors: rows of one call, where the model leaves them open.
+        rtl: whether the folder `rtl` gets the design as DSLX and as the Verilog that XLS makes of it.
 
     Returns:
         The design: its network is the integer reference, its options say what was chosen.
@@ -77,7 +80,10 @@ def export_hls(
     network = network_of(loaded, title, vectors)
     cycles = None if latency is None else int(latency / clock_ns)
     made = design(network, device, max_dsp=max_dsp, max_cycles=cycles, patterns=patterns)
-    _write(project(made, _recorded(network, samples), clock_ns=clock_ns), Path(output))
+    files = project(made, _recorded(network, samples), clock_ns=clock_ns)
+    if rtl:
+        files |= {f"rtl/{name}": content for name, content in rtl_project(made).items()}
+    _write(files, Path(output))
     return made
 
 

