@@ -128,7 +128,7 @@ def uniform_us(plan: Plan, pattern: str) -> float:
     total = plan.summary.rest_us
     for group in groups_of(plan):
         total += next((o.us for o in group.options if o.prune == pattern), group.options[0].us)
-    return total
+    return plan.summary.call_us(total)
 
 
 def compare_quality(subject: Subject, results: Results) -> None:
@@ -212,7 +212,7 @@ def compare_budgets(subject: Subject, rounds: int, results: Results) -> None:
             for site in choice
             if (site.name, "") in cost
         )
-        kernels.append(summed / planned_us(best))
+        kernels.append(tuned.summary.call_us(summed) / planned_us(best))
         timings = time_models(subject, False, {"choice": choice, "best": best}, rounds)
         whole.append(timings.speedup("best", over="choice"))
         print(f"budget {number}: {budget:.3g}, kernels {kernels[-1]:.3f}, models {whole[-1]:.3f}", flush=True)

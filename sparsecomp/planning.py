@@ -19,7 +19,7 @@ from sparsecomp.options import Options
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.budget import Budget, Summary, milliseconds
 from sparsecomp.planner.plan import Option, Plan, SiteChoice
-from sparsecomp.planner.pricing import Pricer, model_us, scaled
+from sparsecomp.planner.pricing import Pricer, model_us, planned_us, scaled, with_gain
 from sparsecomp.planner.quality import Quality, describe, mean_loss
 from sparsecomp.planner.select import fastest, mildest, module_name, select
 from sparsecomp.planner.sensitivity import Estimate, estimate
@@ -161,7 +161,10 @@ def under_budget(
     hide = not (console.is_terminal if progress is None else progress)
     with Progress(console=console, disable=hide) as bar, calibrating(model):
         job = _Job(model, batches, criterion, quality, bar)
-        options = job.options(price(), patterns, skips)
+        priced = price()
+        options = job.options(priced, patterns, skips)
+        if priced.measure is not None:
+            options = with_gain(options, priced.measure)
         if budget.kind == "max_quality_loss":
             return job.keep(options, budget)
         return select(options, budget)
@@ -198,12 +201,14 @@ class Priced:
         sites: by name of the module, those with entries in the plan.
         pricer: for other weights.
         scale: of predicted costs.
+        measure: microseconds of one call of the model as a plan has it; None where that cannot be measured.
     """
 
     plan: Plan
     sites: dict[str, Site]
     pricer: Pricer
     scale: float
+    measure: Callable[[Plan], float] | None = None
 
 
 def _priced(model: nn.Module, sites: Sequence[Site], timed: Call, target: Target, autotune: bool) -> Priced:
@@ -229,7 +234,11 @@ def _priced(model: nn.Module, sites: Sequence[Site], timed: Call, target: Target
     log.info("plan: dense model %.0f us, of which its %d sites %.0f us", dense_us, len(entries), inside)
     rest = max(0.0, dense_us - inside)
     result = replace(report.plan, summary=Summary(dense_us, rest, dense_us, "", 0.0))
-    return Priced(result, found, pricer, scale)
+
+    def measure(plan: Plan) -> float:
+        return planned_us(model, timed, plan, target)
+
+    return Priced(result, found, pricer, scale, measure if here else None)
 
 
 def _matrix(site: Site) -> Tensor:

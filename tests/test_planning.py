@@ -38,6 +38,7 @@ def batches(number: int = 8) -> list[Tensor]:
 def _known_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of 5 ms, of which FakeTarget's 8 sites take 0.5 ms each: tests are not about time."""
     monkeypatch.setattr(planning, "model_us", lambda *_: 5000.0)
+    monkeypatch.setattr(planning, "with_gain", lambda options, _: options)
     monkeypatch.setattr(Pricer, "scale", lambda *_: 1.0)
 
 

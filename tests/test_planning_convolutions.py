@@ -97,6 +97,7 @@ def mixed() -> nn.Module:
 def _known_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of 2 ms, of which three sites take 0.5 ms each and the depthwise convolution 0.1 ms."""
     monkeypatch.setattr(planning, "model_us", lambda *_: 2000.0)
+    monkeypatch.setattr(planning, "with_gain", lambda options, _: options)
     monkeypatch.setattr(Pricer, "scale", lambda *_: 1.0)
 
 

@@ -10,6 +10,9 @@ from sparsecomp.planner.reader import DocumentError, Reader
 BUDGETS = ("max_quality_loss", "max_latency", "speedup")
 """Kinds of a budget: a loss, seconds, or times as fast as dense."""
 
+GAINS = (0.5, 2.0)
+"""Measured over predicted gain of a plan; beyond these the moment of the measurement is doubted, not the prediction."""
+
 _LATENCY = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})\s*(us|ms|s)")
 
 
@@ -92,6 +95,8 @@ class Summary:
         quality: what the loss is, such as `KL divergence per token`.
         estimated_loss: sum of the estimates of what was chosen.
         measured_loss: of the pruned model, None if it was not measured.
+        gain: microseconds that the fastest choice was measured to take less than dense, over those that its sites are
+            predicted to; 1 if it was not measured.
     """
 
     dense_us: float
@@ -100,6 +105,7 @@ class Summary:
     quality: str
     estimated_loss: float
     measured_loss: float | None = None
+    gain: float = 1.0
 
     @classmethod
     def read(cls, reader: Reader) -> Summary:
@@ -115,9 +121,24 @@ class Summary:
             quality=reader.text("quality", ""),
             estimated_loss=reader.number("estimated_loss"),
             measured_loss=reader.maybe_number("measured_loss"),
+            gain=1.0 if (gain := reader.maybe_number("gain")) is None else gain,
         )
         reader.finish()
+        low, high = GAINS
+        if not low <= summary.gain <= high:
+            raise DocumentError(f"{reader.place('gain')}: expected a number from {low} to {high}, given {summary.gain}")
         return summary
+
+    def call_us(self, parts_us: float) -> float:
+        """Microseconds of one call of the model, from those of its sites and of the rest as they are one by one.
+
+        What a choice gains over dense is corrected by what the fastest choice was measured to gain.
+        """
+        return parts_us + (self.gain - 1) * (parts_us - self.dense_us)
+
+    def parts_us(self, call_us: float) -> float:
+        """The inverse of `call_us`."""
+        return (call_us + (self.gain - 1) * self.dense_us) / self.gain
 
     @property
     def speedup(self) -> float:

@@ -100,7 +100,7 @@ def front(plan: Plan, points: int) -> Front:
     summary = plan.summary
     assert summary is not None
     low = least_us(plan)
-    high = summary.rest_us + sum(group.options[0].us for group in groups)
+    high = summary.call_us(summary.rest_us + sum(group.options[0].us for group in groups))
     found: dict[float, Point] = {}
     for step in range(points):
         # The last digits of the sum that is the limit must not make the fastest choice infeasible.

@@ -84,7 +84,7 @@ def select(plan: Plan, budget: Budget) -> Plan:
             raise ValueError(f"a {budget} cannot be reached: the least is {least:.3g}")
     else:
         limit = 1e6 * budget.value if budget.kind == "max_latency" else summary.dense_us / budget.value
-        items, left = _items(groups, limit_loss=False), limit - summary.rest_us
+        items, left = _items(groups, limit_loss=False), summary.parts_us(limit) - summary.rest_us
         picked = solve(items, left + depthwise_gain(plan))
         if picked is not None and not _channels_first(plan, _chosen(groups, picked)):
             picked = solve(items, left)
@@ -215,7 +215,7 @@ def with_choice(plan: Plan, budget: Budget | None, chosen: dict[str, Option]) ->
             site = replace(site, chosen=kept, reason=f"{kept}: it is a depthwise convolution, which is not pruned")
         sites.append(site)
     loss = sum(option.loss for option in chosen.values())
-    summary = replace(summary, planned_us=total, estimated_loss=loss, measured_loss=None)
+    summary = replace(summary, planned_us=summary.call_us(total), estimated_loss=loss, measured_loss=None)
     return replace(plan, budget=budget, summary=summary, sites=sites)
 
 

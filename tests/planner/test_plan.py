@@ -80,6 +80,7 @@ def test_a_plan_under_a_budget_comes_back_with_its_options(tmp_path: Path) -> No
         (("budget", "kind"), "speed", "did you mean 'speedup'?"),
         (("budget", "value"), 0.5, "budget.value: speedup must be a number from 1 on"),
         (("summary", "rest_us"), "much", "summary.rest_us"),
+        (("summary", "gain"), 0, "summary.gain: expected a number from 0.5 to 2.0, given 0"),
         (("summary",), [], "summary: expected an object"),
     ],
 )

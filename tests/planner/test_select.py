@@ -6,6 +6,7 @@ import pytest
 
 from sparsecomp import Plan
 from sparsecomp.planner import Option, Prediction, SiteChoice, Summary
+from sparsecomp.planner.pricing import with_gain
 from sparsecomp.targets.base import DENSE, Candidate
 
 ROWS = Candidate("rows", "unstructured")
@@ -111,6 +112,20 @@ def test_the_front_is_a_front_and_keeps_both_ends() -> None:
         assert point.plan.summary is not None
         assert point.plan.summary.planned_us == point.us
     assert "2.31" in str(front)
+
+
+@pytest.mark.parametrize(("measured", "gain"), [(96.0, 1.2), (147.0, 0.9), (1000.0, 0.5)])
+def test_the_fastest_choice_takes_what_it_was_measured_to_take(measured: float, gain: float) -> None:
+    corrected = with_gain(plan(), lambda _: measured)
+    assert corrected.summary is not None
+    assert corrected.summary.gain == pytest.approx(gain)
+    front = corrected.pareto()
+    assert front.points[0].us == pytest.approx(300 - gain * (300 - 130))
+    assert front.points[-1].us == pytest.approx(300)
+    for point in front:  # a latency budget is of the corrected latency
+        chosen = corrected.replan(max_latency=1e-6 * point.us * (1 + 1e-9)).summary
+        assert chosen is not None
+        assert chosen.estimated_loss == pytest.approx(point.loss)
 
 
 def test_a_front_has_two_points_at_least() -> None:
