@@ -106,3 +106,12 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path: Path, opti
     with pytest.raises(ValueError, match=message):
         export_hls(model, output=tmp_path / "out", **({"calibration": samples} | options))
     assert not (tmp_path / "out").exists()
+
+
+def test_registers_are_written_where_asked_for_and_hold_every_layer(tmp_path: Path) -> None:
+    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
+    model, samples = small()
+    export_hls(model, output=tmp_path, calibration=samples, max_dsp=40, rtl=True)
+    files = {path.name for path in (tmp_path / "rtl").iterdir()}
+    assert {"top.v", "memories.v", "simulate.cpp", "layer0_multiply.x", "layer0_multiply.v"} <= files
+    assert {"layer1_look_up.v", "layer2_requantise.v", "layer2_rows.hex"} <= files
