@@ -58,7 +58,7 @@ $(STAMPS)/demo: $(STAMPS)/venv $(PACKAGING)
 	touch $@
 
 $(STAMPS)/dev: $(STAMPS)/demo
-	$(PIP) -e '.[models,onnx,arm,fpga,dev]'
+	$(PIP) -e '.[models,onnx,arm,cuda,fpga,dev]'
 	touch $@
 
 clean:
