@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sparsecomp
 from sparsecomp import Plan, planning
 from sparsecomp.planner import pricing
-from sparsecomp.planner.pricing import Pricer, model_us
+from sparsecomp.planner.pricing import Pricer, model_us, planned_us
 from sparsecomp.targets.base import DENSE, Candidate
 
 PATTERNS = ("unstructured@0.6", "unstructured@0.75", "unstructured@0.9")
@@ -238,6 +238,16 @@ def test_the_latency_of_a_model_is_measured() -> None:
     from sparsecomp.pruning.calibration import Call
 
     assert 0 < model_us(Block().eval(), Call((torch.randn(4, 32),), {"scale": 2.0})) < 1e6
+
+
+def test_the_latency_of_a_plan_is_measured_on_a_pruned_copy() -> None:
+    from sparsecomp.pruning.calibration import Call
+
+    model = Stack().eval()
+    chosen = make(model, speedup=2.0)
+    before = copy.deepcopy(model.state_dict())
+    assert 0 < planned_us(model, Call((torch.randn(4, 16, 32),), {}), chosen, FakeTarget()) < 1e6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_of_a_target_that_is_not_here_only_layers_are_priced(monkeypatch: pytest.MonkeyPatch) -> None:
