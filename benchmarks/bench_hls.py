@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from timing import Results, Row
 from torch import nn
 
 from sparsecomp.hls.api import export_hls
@@ -73,7 +74,8 @@ def block(pattern: str) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def feed_forward(pattern: str, max_dsp: int) -> None:
+def feed_forward(results: Results, pattern: str, max_dsp: int) -> None:
+    """Export and simulate the block under a limit of DSP slices."""
     torch.manual_seed(0)
     samples = nn.functional.layer_norm(torch.randn(64, 384), (384,)).numpy()
     start = time.perf_counter()
@@ -84,23 +86,29 @@ def feed_forward(pattern: str, max_dsp: int) -> None:
     done = time.perf_counter()
     kept = sum(np.count_nonzero(layer.weight) for layer in made.network.layers if isinstance(layer, Linear)) * ROWS
     cycles, interval = made.cycles
-    print(
-        f"| {pattern} | {max_dsp} | {made.dsp} | {made.bram} | {cycles} | {interval} | "
-        f"{kept / (made.dsp * interval):.2f} | {exported - start:.1f} | {done - exported:.1f} |"
-    )
+    details = {"DSP": made.dsp, "BRAM": made.bram, "cycles": cycles, "interval": interval}
+    details |= {"kept products a DSP and cycle": kept / (made.dsp * interval), "export s": exported - start}
+    case = f"feed-forward block, {pattern}, at most {max_dsp} DSP: export and C simulation"
+    results.add(Row(case, done - start, "s", 60, True, details))
 
 
 def main() -> None:
+    """Run the benchmark and write its results."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--layers", type=int, default=200, help="random layers of every pattern")
     given = arguments.parse_args()
+    results = Results("hls")
+    results.notes += [
+        f"feed-forward block of MiniLM, 384 to 1536 to 384, {ROWS} vectors a call, on an xcvu9p",
+        "C simulation by g++; cycles, DSP and block RAMs are predictions of the cost model",
+    ]
     for pattern in hls_designs.PATTERNS:
-        print(f"{pattern}: {given.layers} layers bit-exact, {layers(pattern, given.layers):.1f} s", flush=True)
-    print(f"\nFeed-forward block 384-1536-384, {ROWS} rows a call; cycles and DSP slices are predicted")
-    print("| pattern | DSP limit | DSP | BRAM | cycles | interval | kept MACs / DSP / cycle | export s | csim s |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        seconds = layers(pattern, given.layers)
+        case = f"random layers, {pattern}, all outputs as the reference"
+        results.add(Row(case, given.layers, "layers", 200, details={"seconds": seconds}))
     for pattern, limit in (("dense", 800), ("2:4", 400), ("16:2:4", 400), ("1:4", 200), ("unstructured@0.8", 400)):
-        feed_forward(pattern, limit)
+        feed_forward(results, pattern, limit)
+    results.finish()
 
 
 if __name__ == "__main__":
