@@ -15,6 +15,7 @@ from kernel_cases import needs_x86
 from sparsecomp.runtime.cache import CACHE_VARIABLE
 from sparsecomp.targets import get_target
 from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+from sparsecomp.targets.cpu import timing
 from sparsecomp.targets.x86 import calibrate, calibration, conv_calibrate, cpu
 from sparsecomp.targets.x86.target import X86Target, create
 
@@ -172,7 +173,7 @@ def test_a_small_calibration(monkeypatch: pytest.MonkeyPatch, threads: None) -> 
     monkeypatch.setattr(calibrate, "MANY_TOKENS", (16, 64))
     monkeypatch.setattr(conv_calibrate, "SHAPES", ((8, 16, 14, 1, 1), (8, 8, 14, 3, 1)))
     monkeypatch.setattr(conv_calibrate, "DEPTHWISE_SHAPES", ((8, 14, 3, 1),))
-    monkeypatch.setattr(calibrate, "_RUNS", (1, 3))
+    monkeypatch.setattr(timing, "_RUNS", (1, 3))
     torch.set_num_threads(2)
     before = get_target(None)
     result = calibrate.calibrate(seconds=0.1)
