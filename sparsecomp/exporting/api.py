@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,6 +22,7 @@ from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_shapes import infer
 from sparsecomp.kernels import tir
 from sparsecomp.options import Options
+from sparsecomp.packages import write_package
 from sparsecomp.planner import Plan
 from sparsecomp.report import Report
 from sparsecomp.runtime.cache import built_file, key_of
@@ -228,18 +228,10 @@ def _check_fits(sizes: Sizes, ram: int | None, flash: int | None) -> None:
 
 
 def _write(files: Mapping[str, bytes], output: Path) -> None:
-    """Write the files into a folder beside, then each to its place: a failure leaves no half of a file."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; give the path of a folder")
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".sparsecomp.", dir=output) as folder:
-        for name, content in files.items():
-            path = Path(folder) / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content)
-        (output / "kernels").mkdir(exist_ok=True)
-        for old in (output / "kernels").iterdir():
-            if old.suffix in (".o", ".s"):
-                old.unlink()
-        for name in files:
-            os.replace(Path(folder) / name, output / name)
+    """Write a package, in place of the kernels that an earlier one left there."""
+    write_package(files, output)
+    kernels = output / "kernels"
+    kernels.mkdir(exist_ok=True)
+    for old in kernels.iterdir():
+        if old.suffix in (".o", ".s") and f"kernels/{old.name}" not in files:
+            old.unlink()

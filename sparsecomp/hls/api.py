@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -22,6 +21,7 @@ from sparsecomp.hls.importing import network_of
 from sparsecomp.hls.network import HIGH, LOW, Network
 from sparsecomp.hls.quantise import is_quantised, quantise
 from sparsecomp.hls.rtl import rtl_project
+from sparsecomp.packages import write_package
 from sparsecomp.targets.hls import part as part_of
 
 DEFAULT_PART = "xczu7ev"
@@ -83,7 +83,7 @@ def export_hls(
     files = project(made, _recorded(network, samples), clock_ns=clock_ns)
     if rtl:
         files |= {f"rtl/{name}": content for name, content in rtl_project(made).items()}
-    _write(files, Path(output))
+    write_package(files, Path(output))
     return made
 
 
@@ -125,18 +125,3 @@ def _recorded(network: Network, samples: Mapping[str, npt.NDArray[Any]] | None) 
     if shape.height:
         real = real.reshape(calls, shape.width, shape.vectors).transpose(0, 2, 1)
     return network.quantise(real.reshape(calls, shape.vectors, shape.width))
-
-
-def _write(files: Mapping[str, bytes], output: Path) -> None:
-    """Write the files into a folder beside, then each to its place: a failure leaves no half of a file."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; give the path of a folder")
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".sparsecomp.", dir=output) as folder:
-        for name, content in files.items():
-            path = Path(folder) / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content)
-        for name in files:
-            (output / name).parent.mkdir(exist_ok=True)
-            os.replace(Path(folder) / name, output / name)
