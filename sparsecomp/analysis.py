@@ -254,7 +254,7 @@ def _settle_layouts(analysis: Analysis, options: Options, target: Target) -> Non
         choice = planned.choice
         if choice.chosen.is_dense:
             if anchor not in found.last:
-                _follow_neighbours(planned, costs[anchor].first)
+                _follow_neighbours(planned)
             continue
         if anchor in found.last:
             reason = f"dense: beside dense convolutions, whose maps are channels last, {choice.reason} does not pay"
@@ -286,12 +286,12 @@ def _best_beside_dense(choice: SiteChoice) -> Prediction | None:
     return min(others, key=lambda item: item.cost, default=None)
 
 
-def _follow_neighbours(planned: PlannedSite, us: float) -> None:
+def _follow_neighbours(planned: PlannedSite) -> None:
     """Take the best kernel that works channels first where dense would cost its neighbours more in conversions."""
     best, choice = _best_beside_dense(planned.choice), planned.choice
     if best is None or planned.chooser is None:
         return
-    reason = f"{best.candidate}: predicted {us:.0f} us against dense {choice.dense_us:.0f} us, which would need its "
+    reason = f"{best.candidate}: predicted {best.cost:.0f} us against dense {choice.dense_us:.0f} us, which would need its "
     planned.choice = replace(choice, chosen=best.candidate, reason=reason + "maps in another layout")
     planned.chooser.instead = best.candidate
 
