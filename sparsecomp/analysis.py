@@ -291,8 +291,11 @@ def _follow_neighbours(planned: PlannedSite) -> None:
     best, choice = _best_beside_dense(planned.choice), planned.choice
     if best is None or planned.chooser is None:
         return
-    reason = f"{best.candidate}: predicted {best.cost:.0f} us against dense {choice.dense_us:.0f} us, which would need its "
-    planned.choice = replace(choice, chosen=best.candidate, reason=reason + "maps in another layout")
+    reason = (
+        f"{best.candidate}: predicted {best.cost:.0f} us against dense {choice.dense_us:.0f} us, which would need "
+        "its maps in another layout"
+    )
+    planned.choice = replace(choice, chosen=best.candidate, reason=reason)
     planned.chooser.instead = best.candidate
 
 
