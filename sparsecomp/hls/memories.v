@@ -19,7 +19,6 @@ module vector_memory #(
     end
     generate if (ORDERED) initial $readmemh(ORDER_FILE, order); endgenerate
 
-    reg [8 * WORD - 1:0] words [0:2 * WORDS - 1];
     reg [1:0] full;
     reg writing, reading;
     reg [31:0] count, trip;
@@ -32,7 +31,7 @@ module vector_memory #(
 
     reg [BITS - 1:0] row1, row2;
     reg [15:0] place1;
-    reg [8 * WORD - 1:0] word2;
+    wire [8 * WORD - 1:0] word2;
     reg valid1, valid2, bank1, end1;
     wire step = !valid2 || out_rdy;
     wire started = step && full[reading];
@@ -40,13 +39,23 @@ module vector_memory #(
     assign out_data = {row2, word2};
     assign out_vld = valid2;
 
+    // A memory for every lane: a synthesiser would take the enables of the lanes of one for an enable of every bit.
+    genvar l;
+    generate for (l = 0; l < WORD; l = l + 1) begin : lanes
+        reg [7:0] words [0:2 * WORDS - 1];
+        reg [7:0] value;
+        assign word2[8 * l +: 8] = value;
+        always @(posedge clk) begin
+            if (taken && to_lane == l) words[(writing ? WORDS : 0) + to_word] <= in_data;
+            if (step) value <= words[(bank1 ? WORDS : 0) + place1];
+        end
+    end endgenerate
+
     always @(posedge clk) begin
-        if (taken) words[(writing ? WORDS : 0) + to_word][8 * to_lane +: 8] <= in_data;
         if (step) begin
             row1 <= rows[trip];
             place1 <= places[trip];
             row2 <= row1;
-            word2 <= words[(bank1 ? WORDS : 0) + place1];
         end
         if (rst) begin
             full <= 0; writing <= 0; reading <= 0; count <= 0; trip <= 0; word <= 0; lane <= 0;
