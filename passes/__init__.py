@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 
-def default_passes() -> list[Pass]:
-    """The passes of the backend, in order."""
-    return [DetectLinear(), DetectConv(), DetectComposite(), FuseEpilogue(), DetectFfn(), DetectMoe()]
+def default_passes(fuse: bool = True) -> list[Pass]:
+    """The passes of the backend, in order; those that do not fuse leave what follows a product where it is."""
+    fusing: list[Pass] = [FuseEpilogue()] if fuse else []
+    return [DetectLinear(), DetectConv(), DetectComposite(), *fusing, DetectFfn(), DetectMoe()]

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparsecomp.ir import LinearSite, Operation, Size, SparseGraph
 from sparsecomp.passes.base import Pass, PassResult
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Element types that the kernels take."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+"""Element types that the kernels take; products of int8 are int32."""
 
 
 class DetectLinear(Pass):
@@ -112,7 +112,7 @@ def _site(graph: SparseGraph, operation: Operation, matrix: _Matrix, transposed:
         operations=(operation.name,),
         tokens=prod(source.shape[:-1]),
         dynamic=any(isinstance(size, str) for size in (source.sizes or ())[:-1]),
-        dtype=operation.dtype or weight.dtype,
+        dtype=weight.dtype if weight.dtype == torch.int8 else operation.dtype or weight.dtype,
         composite=str(operation.attrs.get("composite", "")),
     )
 
@@ -224,6 +224,9 @@ def types_reason(x: Operation, weight: torch.Tensor, operation: Operation) -> st
         return f"its weight is {type_name(weight.dtype)}; there are kernels for {', '.join(map(type_name, DTYPES))}"
     if x.dtype is None or operation.dtype is None:
         return "the shape and type of its input are not known, as of nested tensors"
+    if weight.dtype == x.dtype == torch.int8:
+        given = type_name(operation.dtype)
+        return None if operation.dtype == torch.int32 else f"its products of int8 are {given}; int32 is expected"
     if not weight.dtype == x.dtype == operation.dtype:
         given = f"weight {type_name(weight.dtype)}, input {type_name(x.dtype)}, output {type_name(operation.dtype)}"
         return f"it mixes types as under autocast ({given}); one type is expected"

@@ -221,7 +221,7 @@ def analyse(
     """
     expansions = expand(gm)
     graph = build(gm, example_inputs)
-    run_passes(graph, default_passes(), observer=_observer(debug))
+    run_passes(graph, default_passes(target.fuses), observer=_observer(debug))
     analysis = Analysis(graph, expansions=expansions)
     autocast = autocast_reason(gm)
     if autocast is not None:
@@ -372,7 +372,7 @@ def _countable(weight: Tensor) -> bool:
     """Whether facts can be counted, also for a site that stays dense: the report shows the density of those too."""
     return (
         type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.device.type == "cpu"
+        and weight.device.type in _DEVICES
         and weight.layout == torch.strided
         and weight.ndim >= 2
         and weight.numel() > 0
@@ -390,7 +390,7 @@ def autocast_reason(gm: fx.GraphModule) -> str | None:
     inside = any(
         "autocast" in getattr(node.target, "__name__", "") for node in gm.graph.nodes if node.op == "call_function"
     )
-    if inside or torch.is_autocast_enabled("cpu"):
+    if inside or any(map(torch.is_autocast_enabled, _DEVICES)):
         return "autocast is active, which chooses types when it runs; cast the model instead (model.bfloat16())"
     return None
 

@@ -31,6 +31,7 @@ from sparsecomp.options import Options
 from sparsecomp.planner import Plan, SiteChoice
 from sparsecomp.runtime.block_site import RuntimeBlock
 from sparsecomp.runtime.conv_site import RuntimeConv
+from sparsecomp.runtime.device_site import DeviceSite
 from sparsecomp.runtime.ffn_site import RuntimeSkip
 from sparsecomp.runtime.site import RuntimeSite
 from sparsecomp.skip_runtime import runtime_skip
@@ -38,10 +39,10 @@ from sparsecomp.targets.base import DENSE, ConvEpilogue, Target
 from sparsecomp.verify import difference
 
 Compiled = Callable[..., Any]
-Runtime = RuntimeSite | RuntimeConv | RuntimeSkip | RuntimeBlock
+Runtime = RuntimeSite | DeviceSite | RuntimeConv | RuntimeSkip | RuntimeBlock
 Rewritten = tuple[Site | FfnSite, Runtime]
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.int8: 0.0}
 """`verify`: the largest difference from dense, relative to the largest value of the dense output."""
 
 HISTORY = 256
@@ -109,7 +110,7 @@ def sparse(
     """
     try:
         parsed = Options.parse(options, mode)
-        target = parsed.resolve_target()
+        target = parsed.resolve_target(example_inputs)
         if (missing := target.why_not_here()) is not None:
             raise ValueError(f"target {target.name} cannot run here: {missing}; sparsecomp.explain and plan take it")
     except ValueError as error:
@@ -285,7 +286,7 @@ def _copy(graph: fx.Graph) -> fx.Graph:
 
 def _runtime_site(
     planned: PlannedSite, options: Options, target: Target
-) -> tuple[RuntimeSite | RuntimeConv | None, str]:
+) -> tuple[RuntimeSite | DeviceSite | RuntimeConv | None, str]:
     """Pack the weight of a site; None and the reason if that fails or if `verify` finds a difference."""
     site, choice = planned.site, planned.choice
     if planned.chooser is None:
@@ -307,10 +308,11 @@ def _runtime_site(
     return runtime, choice.reason
 
 
-def _prepared(site: Site, chooser: SiteChooser, target: Target) -> RuntimeSite | RuntimeConv:
+def _prepared(site: Site, chooser: SiteChooser, target: Target) -> RuntimeSite | DeviceSite | RuntimeConv:
     residual = site.residual is not None
     if isinstance(site, LinearSite):
-        linear = RuntimeSite(site.name, site.weight, site.transposed, target, chooser, site.activation)
+        kind = RuntimeSite if target.fuses else DeviceSite
+        linear = kind(site.name, site.weight, site.transposed, target, chooser, site.activation)
         linear.prepare(site.tokens, residual)
         return linear
     if site.window is None:

@@ -60,7 +60,10 @@ def explain(
     parsed = found if options is None else Options.parse(options)
     if target is not None:
         parsed = parsed.replace(target=Options.parse({"target": target}).target)
-    session = _Session(parsed, DryRun(None if assume is None else Pattern.parse(assume)))
+    tensors = [*inputs, *kwargs.values(), *(original.parameters() if isinstance(original, nn.Module) else ())]
+    session = _Session(
+        parsed, parsed.resolve_target(tensors), DryRun(None if assume is None else Pattern.parse(assume))
+    )
     session.report.notes += _gradient_note(original, inputs, kwargs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         # A region of its own and static shapes: neither the user's compiled code nor its limits on recompiling are
@@ -79,8 +82,7 @@ _SHOWN = 3
 class _Session:
     """Collects the choices for the graphs that Dynamo finds in one run of a model."""
 
-    def __init__(self, options: Options, dry: DryRun) -> None:
-        target = options.resolve_target()
+    def __init__(self, options: Options, target: Target, dry: DryRun) -> None:
         self._options, self._target, self._dry = options, target, dry
         plan = Plan(target.name, threads=torch.get_num_threads())
         self.report = Report(plan, target=target.description or target.name, graphs=0)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.plan import Plan
 from sparsecomp.skipping.forms import SkipPlan
@@ -30,7 +32,7 @@ class Options:
     """Options of the backend.
 
     Attributes:
-        target: name of the target, or a `Target`; this machine's CPU if None.
+        target: name of the target, or a `Target`; if None this machine's GPU for models on it, and its CPU for others.
         plan: choices to follow where the weights allow it; a path in the options dict is loaded.
         patterns: printed patterns that may be used, without shares of zeros; all if None.
         exclude: regular expressions; a site whose module name one of them matches anywhere stays dense.
@@ -77,13 +79,18 @@ class Options:
             values["autotune"] = values.get("autotune", False) or _MODES[mode]
         return cls(**values)
 
-    def resolve_target(self) -> Target:
+    def resolve_target(self, tensors: Iterable[object] = ()) -> Target:
         """The target that is meant.
+
+        Args:
+            tensors: of the model; where no target was given, it is this machine's GPU if one of these is there.
 
         Raises:
             ValueError: it cannot be made here, or `autotune` would have to measure on hardware that is not here.
         """
-        target = self.target if isinstance(self.target, Target) else get_target(self.target)
+        target, name = self.target, "cuda" if any(map(_on_gpu, tensors)) else None
+        if not isinstance(target, Target):
+            target = get_target(name if target is None else target)
         if self.autotune and (reason := target.why_not_here()) is not None:
             raise ValueError(f"option autotune: target {target.name} cannot be measured here: {reason}")
         return target
@@ -96,6 +103,10 @@ class Options:
     def replace(self, **changes: Any) -> Options:
         """The options with some of them changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _on_gpu(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cuda"
 
 
 def _target(value: Any) -> str | Target | None:

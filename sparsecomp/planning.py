@@ -137,7 +137,7 @@ def plan(
     sites = choose_sites(model, filter_fn)
     batches = as_calls(calibration)
     timed = batches[0] if inputs is None else as_calls([inputs])[0]
-    resolved = Options.parse({"target": target, "autotune": autotune}).resolve_target()
+    resolved = Options.parse({"target": target, "autotune": autotune}).resolve_target(model.parameters())
     price = functools.partial(_priced, model, sites, timed, resolved, autotune)
     return under_budget(
         model, batches, price, wanted, budget, skips=forms, criterion=rule, quality=quality, progress=progress

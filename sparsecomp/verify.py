@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from sparsecomp.ir import ConvSite, LinearSite, Site
 from sparsecomp.runtime.conv_site import RuntimeConv
+from sparsecomp.runtime.device_site import DeviceSite
 from sparsecomp.runtime.site import RuntimeSite
 from sparsecomp.runtime.weight_site import ACTIVATIONS
 from sparsecomp.window import convolve
@@ -16,7 +17,7 @@ VERIFY_TOKENS = 4096
 """At most this many tokens of a linear are used."""
 
 
-def difference(site: Site, runtime: RuntimeSite | RuntimeConv) -> float:
+def difference(site: Site, runtime: RuntimeSite | DeviceSite | RuntimeConv) -> float:
     """The largest difference of a site from dense on random input, relative to the largest value of dense."""
     runtime.refresh(site.weight)
     if isinstance(site, LinearSite):
@@ -38,22 +39,24 @@ def difference(site: Site, runtime: RuntimeSite | RuntimeConv) -> float:
 
 
 class _Random:
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self._generator = torch.Generator().manual_seed(0)
-        self._dtype = dtype
+        self._weight = weight
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator).to(self._dtype)
+        value = torch.randn(*shape, generator=self._generator)
+        return (value * 32 if self._weight.dtype == torch.int8 else value).to(self._weight)
 
 
 def _linear(site: LinearSite, handle: int) -> tuple[Tensor, Tensor]:
-    random = _Random(site.dtype)
+    random = _Random(site.weight)
     tokens = max(1, min(site.tokens, VERIFY_TOKENS))
     x = random(tokens, site.in_features)
     bias = random(site.out_features) if site.bias is not None else None
     residual = random(tokens, site.out_features) if site.residual is not None else None
     weight = site.weight.detach()
-    expected = functional.linear(x, weight.t() if site.transposed else weight, bias)
+    matrix = weight.t() if site.transposed else weight
+    expected = torch._int_mm(x, matrix.t()) if site.dtype == torch.int8 else functional.linear(x, matrix, bias)
     expected = ACTIVATIONS[site.activation](expected)
     if residual is not None:
         expected = expected + residual
@@ -64,7 +67,7 @@ def _conv(site: ConvSite, handle: int) -> tuple[Tensor, Tensor]:
     window, maps, weight = site.window, site.maps, site.weight.detach()
     if window is None:
         raise ValueError(f"convolution {site.name} has no window")
-    random = _Random(site.dtype)
+    random = _Random(site.weight)
     flat = weight.dim() == 3
     x = random(1, weight.shape[1] * window.groups, *([maps.width] if flat else [maps.height, maps.width]))
     terms = torch.cat([torch.linspace(-1, 1, site.out_features), torch.linspace(0.5, 1.5, site.out_features)])

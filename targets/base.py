@@ -141,14 +141,39 @@ class Problem:
     maps: Maps | None = None
 
 
-class Kernel(ABC):
-    """A weight packed for a kernel that is ready to run.
+class Product(ABC):
+    """A weight packed for a product that is ready to be computed.
 
     Attributes:
         nbytes: bytes of the packed weight.
     """
 
     nbytes: int
+
+    def build(self, tokens: int, activation: str, residual: bool) -> None:  # noqa: B027 -- most kernels are built when packed
+        """Compile now what a call would compile; a target that compiles nothing does nothing."""
+
+    @property
+    def source(self) -> str:
+        """The generated code, for people; empty if there is none."""
+        return ""
+
+
+class DeviceKernel(Product):
+    """A weight packed for a kernel on an accelerator, which computes in the type of x."""
+
+    @abstractmethod
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ W.T + bias` of `[tokens, O]`, contiguous, of x's type, int32 where that is int8.
+
+        Args:
+            x: `[tokens, I]`, contiguous and not empty, on the device of the weight.
+            bias: `[O]` of x's type, or None.
+        """
+
+
+class Kernel(Product):
+    """A weight packed for a kernel on the CPU, which computes in float32."""
 
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, out: Tensor) -> None:
@@ -161,14 +186,6 @@ class Kernel(ABC):
             activation: as in `Problem`.
             out: `[tokens, O]`, written.
         """
-
-    def build(self, tokens: int, activation: str, residual: bool) -> None:  # noqa: B027 -- most kernels are built when packed
-        """Compile now what a call would compile; a target that compiles nothing does nothing."""
-
-    @property
-    def source(self) -> str:
-        """The generated code, for people; empty if there is none."""
-        return ""
 
 
 class ConvKernel(ABC):
@@ -226,6 +243,7 @@ class Target(ABC):
         skips: whether it has kernels that skip at run time.
         device: type of the devices that its kernels run on, as PyTorch names it.
         dtypes: element types of x, weight and output that it prices; any other stays dense.
+        fuses: whether its kernels apply activations and residuals; if not, these are left to Inductor.
     """
 
     name: str
@@ -233,6 +251,7 @@ class Target(ABC):
     skips = False
     device = "cpu"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    fuses = True
 
     def why_not_here(self) -> str | None:
         """Why this machine cannot run its kernels, None if it can; prices and plans are there in any case."""
@@ -252,7 +271,7 @@ class Target(ABC):
         """Predicted microseconds of one call; infinity where the kernel cannot take the problem."""
 
     @abstractmethod
-    def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
+    def prepare(self, candidate: Candidate, weight: Tensor) -> Product:
         """Pack a weight `[O, I]` for a candidate and build its kernel.
 
         Raises:

@@ -200,7 +200,7 @@ def _addmm(node: fx.Node) -> Call | None:
 
 
 def _matmul(node: fx.Node) -> Call:
-    second = "mat2" if function_name(node) in ("mm", "bmm") else "other"
+    second = "mat2" if function_name(node) in ("mm", "bmm", "_int_mm") else "other"
     return Call("matmul", _operands(node, "input", second))
 
 
@@ -378,7 +378,7 @@ def _composite(node: fx.Node, places: dict[str, int]) -> Call:
 _READERS: dict[str, Callable[[fx.Node], Call | None]] = {
     "linear": _linear,
     "addmm": _addmm,
-    **dict.fromkeys(("matmul", "mm", "bmm", "__matmul__"), _matmul),
+    **dict.fromkeys(("matmul", "mm", "bmm", "_int_mm", "__matmul__"), _matmul),
     **dict.fromkeys(("add", "iadd", "__add__"), _binary("add")),
     **dict.fromkeys(("mul", "imul", "multiply", "__mul__"), _binary("mul")),
     **{kind: _plain(kind, "input") for kind in ("relu", "silu", "sigmoid", "tanh")},

@@ -11,7 +11,17 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sparsecomp.targets.base import DENSE, Candidate, ConvEpilogue, ConvKernel, Kernel, Problem, Target
+from sparsecomp.targets.base import (
+    DENSE,
+    Candidate,
+    ConvEpilogue,
+    ConvKernel,
+    DeviceKernel,
+    Kernel,
+    Problem,
+    Product,
+    Target,
+)
 from sparsecomp.window import convolve
 
 ROUNDS = 15
@@ -51,19 +61,25 @@ def measure(
         weight = weight.detach()
         sparse = [candidate for candidate in candidates if not candidate.is_dense]
         if problem.window is None:
-            x = torch.randn(problem.tokens, weight.shape[1], generator=generator).to(problem.dtype)
+            x = (8 * torch.randn(problem.tokens, weight.shape[1], generator=generator)).to(weight)
             out = torch.empty(problem.tokens, weight.shape[0])
             calls: dict[Candidate, Callable[[], object]] = {DENSE: lambda: functional.linear(x, weight)}
+            if weight.dtype == torch.int8:
+                calls[DENSE] = lambda: torch._int_mm(x, weight.t())
             calls |= {candidate: _call(target.prepare(candidate, weight), x, out) for candidate in sparse}
         else:
             calls = _conv_calls(sparse, weight, problem, target, generator)
         for call in calls.values():
             call()
-        return _interleaved(calls, rounds, budget_s)
+        return _interleaved(calls, rounds, budget_s, _gpu_seconds if weight.is_cuda else _seconds)
 
 
-def _call(kernel: Kernel, x: Tensor, out: Tensor) -> Callable[[], object]:
+def _call(kernel: Product, x: Tensor, out: Tensor) -> Callable[[], object]:
+    if isinstance(kernel, DeviceKernel):
+        return lambda: kernel.product(x, None)
+
     def call() -> object:
+        assert isinstance(kernel, Kernel)
         # As the run time does it: kernels take float32, other types are widened before and narrowed after.
         kernel.run(x.float(), None, None, "none", out)
         return out.to(x.dtype)
@@ -94,14 +110,37 @@ def _conv_calls(
     return calls | {candidate: call_of(target.prepare_conv(candidate, weight, window)) for candidate in sparse}
 
 
-def _interleaved(calls: dict[Candidate, Callable[[], object]], rounds: int, budget_s: float) -> dict[Candidate, float]:
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _gpu_seconds(call: Callable[[], object]) -> float:
+    """Of one of several calls in a row: a GPU starts them while the host is ahead, as in a model."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(_ROW):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / _ROW
+
+
+_ROW = 10
+
+
+def _interleaved(
+    calls: dict[Candidate, Callable[[], object]],
+    rounds: int,
+    budget_s: float,
+    seconds: Callable[[Callable[[], object]], float],
+) -> dict[Candidate, float]:
     times: dict[Candidate, list[float]] = {candidate: [] for candidate in calls}
     begin = time.perf_counter()
     for done in range(rounds):
         if done >= MIN_ROUNDS and time.perf_counter() - begin > budget_s:
             break
         for candidate, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[candidate].append(time.perf_counter() - start)
+            times[candidate].append(seconds(call))
     return {candidate: statistics.median(values) * 1e6 for candidate, values in times.items()}

@@ -24,7 +24,7 @@ class FactsCache:
             entry = self._entries.get(weight)
         if entry is not None and entry[0] == stamp:
             return entry[1]
-        matrix = weight.detach()
+        matrix = weight.detach().cpu()  # counted there, also where it is on a GPU
         facts = WeightFacts.of(matrix.t() if transposed else matrix.flatten(1))
         with self._lock:
             self._entries[weight] = (stamp, facts)

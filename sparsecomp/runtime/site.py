@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.runtime.weight_site import ACTIVATIONS, WeightSite
-from sparsecomp.targets.base import Candidate, Kernel, Target, WeightFacts
+from sparsecomp.targets.base import Candidate, DeviceKernel, Kernel, Target, WeightFacts
 
 Chooser = Callable[[WeightFacts, int], Candidate]
+LinearKernel = TypeVar("LinearKernel", Kernel, DeviceKernel)
 
-_sites: weakref.WeakValueDictionary[int, RuntimeSite] = weakref.WeakValueDictionary()
+_sites: weakref.WeakValueDictionary[int, LinearRuntime[Any]] = weakref.WeakValueDictionary()
 
 
-class RuntimeSite(WeightSite[int, Kernel]):
+class LinearRuntime(WeightSite[int, LinearKernel]):
     """A linear; a call is told apart by its number of tokens."""
 
     def __init__(
@@ -41,17 +44,33 @@ class RuntimeSite(WeightSite[int, Kernel]):
     def _candidate(self, facts: WeightFacts, call: int) -> Candidate:
         return self._chooser(facts, call)
 
-    def _prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
-        return self._target.prepare(candidate, weight)
-
     def _key(self, candidate: Candidate) -> Hashable:
         return candidate
 
-    def _build(self, kernel: Kernel, call: int, residual: bool) -> None:
+    def _build(self, kernel: LinearKernel, call: int, residual: bool) -> None:
         kernel.build(call, self._activation, residual)
 
+    @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """`activation(x @ W.T + bias) + residual` for x of `[..., I]`; the result is contiguous, of x's type."""
+
+    def _dense(self, matrix: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        value = ACTIVATIONS[self._activation](functional.linear(x, matrix, bias))
+        value = value if residual is None else value + residual
+        return value.contiguous()
+
+
+class RuntimeSite(LinearRuntime[Kernel]):
+    """A linear on the CPU."""
+
+    def _prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
+        kernel = self._target.prepare(candidate, weight)
+        if not isinstance(kernel, Kernel):
+            raise ValueError(f"{candidate} of target {self._target.name} is no kernel for the CPU")
+        return kernel
+
+    def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """See `LinearRuntime.run`."""
         packed = self._here.packed
         outputs, inputs = packed.facts.out_features, packed.facts.in_features
         shape = (*x.shape[:-1], outputs)
@@ -72,11 +91,6 @@ class RuntimeSite(WeightSite[int, Kernel]):
             rows,
         )
         return out if x.dtype == torch.float32 else out.to(x.dtype)
-
-    def _dense(self, matrix: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        value = ACTIVATIONS[self._activation](functional.linear(x, matrix, bias))
-        value = value if residual is None else value + residual
-        return value.contiguous()
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -105,8 +119,9 @@ def _linear(
 def _linear_meta(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, site: int, out_features: int, activation: str
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    return x.new_empty((*x.shape[:-1], out_features), dtype=torch.int32 if x.dtype == torch.int8 else x.dtype)
 
 
 _library.impl("linear", _linear, "CPU")
+_library.impl("linear", _linear, "CUDA")
 _library.impl("linear", _linear_meta, "Meta")

@@ -17,13 +17,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sparsecomp.log import log
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.failures import record_failure
-from sparsecomp.targets.base import DENSE, Candidate, ConvKernel, Kernel, Target, WeightFacts
+from sparsecomp.targets.base import DENSE, Candidate, ConvKernel, DeviceKernel, Kernel, Target, WeightFacts
 
 _handles = itertools.count(1)
 # Calls whose choice is remembered; a stream of ever new lengths must not grow without bound.
 _MAX_CHOICES = 4096
 
-PackedKernel = TypeVar("PackedKernel", Kernel, ConvKernel)
+PackedKernel = TypeVar("PackedKernel", Kernel, ConvKernel, DeviceKernel)
 Call = TypeVar("Call", bound=Hashable)
 Form = TypeVar("Form")
 

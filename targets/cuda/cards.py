@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -95,4 +96,57 @@ def card(name: str) -> Card:
         (chosen["stream"][0], chosen["stream"][1]),
         (chosen["edge"][0], chosen["edge"][1]),
         "like" not in found,
+    )
+
+
+def card_here() -> Card:
+    """The card of this machine that PyTorch computes on.
+
+    Raises:
+        ValueError: there is none, or it has no sparse tensor cores.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"PyTorch {torch.__version__} sees no NVIDIA GPU here; name a card, such as 'cuda:h100', for its prices"
+        )
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return matched(found.name, found.major * 10 + found.minor, found.multi_processor_count, found.L2_cache_size)
+
+
+def matched(board: str, capability: int, sms: int, l2: int) -> Card:
+    """A card by what the driver says of it.
+
+    Args:
+        board: such as `NVIDIA H100 PCIe`.
+        capability: 90 for sm_90.
+        sms: streaming multiprocessors.
+        l2: bytes of the L2 cache.
+
+    Returns:
+        The card of `facts.json` of that name; of one that is not there, the nearest of the same architecture or the
+        one before, with rates and bandwidth by the number of multiprocessors, which is a guess.
+
+    Raises:
+        ValueError: it has no sparse tensor cores.
+    """
+    if capability < 80:
+        raise ValueError(f"{board} has compute capability {capability / 10}; sparse tensor cores begin with 8.0")
+    words = set(re.split(r"[^a-z0-9]+", board.lower()))
+    cards = [card(name) for name in card_names()]
+    named = [found for found in cards if set(found.name.split("-")) <= words and found.sms == sms]
+    if named:
+        return max(named, key=lambda found: found.name.count("-"))
+    age = max(int(found.arch[3:]) for found in cards if int(found.arch[3:]) <= capability)
+    like = min((found for found in cards if found.arch == f"sm_{age}"), key=lambda found: abs(found.sms - sms))
+    ratio = sms / like.sms
+    return replace(
+        like,
+        name="-".join(word for word in re.split(r"[^a-z0-9]+", board.lower()) if word not in ("nvidia", "")),
+        board=board,
+        arch=f"sm_{capability}",
+        sms=sms,
+        bandwidth=like.bandwidth * ratio,
+        l2=l2,
+        peak={kind: value * ratio for kind, value in like.peak.items()},
+        measured=False,
     )

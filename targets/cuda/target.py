@@ -1,4 +1,4 @@
-"""`CudaTarget`: what 2:4 would bring on an NVIDIA card, without one."""
+"""`CudaTarget`: what sparse products cost on an NVIDIA card, asked with or without one, and their kernels on one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Pattern
-from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts
+from sparsecomp.targets.base import DENSE, Candidate, DeviceKernel, Problem, Target, WeightFacts
 from sparsecomp.targets.cuda import cost
-from sparsecomp.targets.cuda.cards import Card, card, card_names
+from sparsecomp.targets.cuda.cards import Card, card, card_here, card_names
+from sparsecomp.targets.cuda.kernels import SemiStructured
 
 TWO_FOUR = Pattern.parse("2:4")
 SEMI = Candidate("semi_structured", "2:4")
@@ -19,14 +20,19 @@ SEMI = Candidate("semi_structured", "2:4")
 
 
 def names() -> tuple[str, ...]:
-    """The targets of this family."""
-    return tuple(f"cuda:{name}" for name in card_names())
+    """The targets of this family; `cuda` is the card of this machine."""
+    return ("cuda", *(f"cuda:{name}" for name in card_names()))
 
 
 @functools.cache
 def create(name: str) -> CudaTarget:
-    """The target of a name, such as `cuda:h100`."""
-    return CudaTarget(card(name.partition(":")[2]))
+    """The target of a name, such as `cuda:h100`.
+
+    Raises:
+        ValueError: the name is `cuda`, and there is no card with sparse tensor cores here.
+    """
+    wanted = name.partition(":")[2]
+    return CudaTarget(card(wanted) if wanted else card_here())
 
 
 class CudaTarget(Target):
@@ -37,6 +43,7 @@ class CudaTarget(Target):
     """
 
     device = "cuda"
+    fuses = False
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
     def __init__(self, card: Card) -> None:
@@ -47,7 +54,14 @@ class CudaTarget(Target):
 
     def why_not_here(self) -> str | None:
         """See `Target.why_not_here`."""
-        return "explain and plan price it; nothing runs on a GPU yet"
+        if not torch.cuda.is_available():
+            return f"PyTorch {torch.__version__} sees no NVIDIA GPU"
+        major, minor = torch.cuda.get_device_capability()
+        if self.card.arch != f"sm_{major}{minor}":
+            return (
+                f"the GPU here is {torch.cuda.get_device_name()}, of sm_{major}{minor}; the card's is {self.card.arch}"
+            )
+        return None
 
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """See `Target.candidates`."""
@@ -68,9 +82,17 @@ class CudaTarget(Target):
             return float("inf")
         return cost.predict_us(self.card, problem, sparse=True)
 
-    def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
-        """Raise a ValueError: nothing runs on a GPU yet."""
-        raise ValueError(f"{candidate} of {self.name} cannot be prepared: {self.why_not_here()}")
+    def prepare(self, candidate: Candidate, weight: Tensor) -> DeviceKernel:
+        """See `Target.prepare`.
+
+        Raises:
+            ValueError: it is no candidate of this target, or the weight does not satisfy its pattern.
+        """
+        if candidate != SEMI:
+            raise ValueError(f"target {self.name} has no kernel {candidate}")
+        if not TWO_FOUR.check(weight):
+            raise ValueError(f"{candidate} needs a weight of the pattern 2:4")
+        return SemiStructured(weight)
 
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
         """See `Target.packed_bytes`: half of the entries, and two bits for each of them."""

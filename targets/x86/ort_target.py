@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.runtime.ort_library import MOST_FORMS
-from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts
+from sparsecomp.targets.base import DENSE, Candidate, Problem, Product, Target, WeightFacts
 from sparsecomp.targets.cpu import schedules
 from sparsecomp.targets.cpu.counts import ACTIVATION_COST
 from sparsecomp.targets.cpu.level import Level
@@ -136,7 +136,7 @@ class LibraryTarget(Target):
         """Predicted microseconds to bring so many values of maps into another layout."""
         return 1e-3 * values * self._prices["reorder"]["value"]
 
-    def prepare(self, candidate: Candidate, weight: Tensor) -> Kernel:
+    def prepare(self, candidate: Candidate, weight: Tensor) -> Product:
         """See `Target.prepare`."""
         return self._target.prepare(candidate, weight)
 

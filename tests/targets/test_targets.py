@@ -40,7 +40,7 @@ def test_code_for_x86_runs_on_x86_alone(monkeypatch: pytest.MonkeyPatch) -> None
     assert target.why_not_here() is None
 
 
-@pytest.mark.parametrize("name", ["arm:cortex-a7", "arm:", "x87", "cuda", "cuda:v100", "", 5])
+@pytest.mark.parametrize("name", ["arm:cortex-a7", "arm:", "x87", "cuda:v100", "", 5])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=r"unknown target .*x86:avx2.*arm:cortex-a76"):
         get_target(name)

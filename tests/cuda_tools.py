@@ -1,0 +1,76 @@
+"""For tests of cards where there is none: a target that runs on the CPU, and cuSPARSELt's calls by their meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sparsecomp.targets.cuda.cards import card
+from sparsecomp.targets.cuda.target import CudaTarget
+
+MULTIPLES = {torch.float16: (16, 8), torch.bfloat16: (16, 8), torch.int8: (32, 16)}
+"""Of rows and columns of the 2:4 weight, and of tokens, as `SparseSemiStructuredTensorCUSPARSELT` has them."""
+
+
+class CardOnCpu(CudaTarget):
+    """A card whose tensors lie on the CPU."""
+
+    device = "cpu"
+
+    def __init__(self, name: str = "h100") -> None:
+        super().__init__(card(name))
+
+    def why_not_here(self) -> str | None:
+        return None
+
+
+def compress(weight: Tensor) -> Tensor:
+    """Values of each four inputs, then their places."""
+    rows, columns = weight.shape
+    multiple = MULTIPLES[weight.dtype][0]
+    assert weight.is_contiguous()
+    assert rows % multiple == columns % multiple == 0
+    fours = weight.reshape(rows, columns // 4, 4)
+    assert int((fours != 0).sum(dim=2).max()) <= 2
+    places = (fours == 0).to(torch.int8).argsort(dim=2, stable=True)[..., :2].sort(dim=2).values
+    return torch.cat([fours.gather(2, places).flatten(1), places.flatten(1).to(weight.dtype)], dim=1)
+
+
+def multiply(
+    packed: Tensor,
+    dense: Tensor,
+    bias: Tensor | None = None,
+    alpha: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    transpose_result: bool = False,
+    alg_id: int = 0,
+    split_k: int = 1,
+    split_k_mode: int = -1,
+) -> Tensor:
+    """`W dense + bias` for a weight of `compress`, transposed if asked for."""
+    multiple = MULTIPLES[packed.dtype][1]
+    assert dense.shape[1] % multiple == 0, "cuSPARSELt takes no such number of tokens"
+    assert packed.dtype == dense.dtype
+    assert bias is None or bias.dtype == packed.dtype
+    rows, kept = packed.shape[0], packed.shape[1] // 2
+    values, places = packed[:, :kept].reshape(rows, -1, 2), packed[:, kept:].reshape(rows, -1, 2).long()
+    weight = torch.zeros(rows, kept // 2, 4, dtype=packed.dtype).scatter_(2, places, values).flatten(1)
+    assert weight.shape[1] == dense.shape[0]
+    wide = torch.float32 if packed.is_floating_point() else torch.int32
+    result = weight.to(wide) @ dense.to(wide)
+    if bias is not None:
+        result = result + bias.to(wide)[:, None]
+    result = result.to(out_dtype or packed.dtype)
+    return result.t().contiguous() if transpose_result else result
+
+
+@contextmanager
+def cusparselt_on_cpu() -> Iterator[None]:
+    """Let PyTorch's calls of cuSPARSELt work on CPU tensors."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_cslt_compress", compress, "CPU")
+        library.impl("_cslt_sparse_mm", multiply, "CPU")
+        yield
