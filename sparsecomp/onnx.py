@@ -1,5 +1,8 @@
 """Sparse ONNX models: `inspect` says what a model would gain, `optimize` writes one that runs in ONNX Runtime.
 
+For a dense model `plan` and `prune` do what `sparsecomp.plan` and `sparsecomp.sparsify_` do for a module; `optimize`
+does both under a budget.
+
 The written model gives the same numbers everywhere: what is sparse is an operation of the domain `ai.sparsecomp` with a
 function of standard operations beside it. Where the library that is written with it is registered, its kernels run.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,20 +26,22 @@ from sparsecomp.frontends.onnx_fallback import OLDEST_OPSET, Variant
 from sparsecomp.frontends.onnx_half import widen
 from sparsecomp.frontends.onnx_left import reshape_left
 from sparsecomp.frontends.onnx_load import load
-from sparsecomp.frontends.onnx_module import OnnxModule
+from sparsecomp.frontends.onnx_module import OnnxModule, why_not
 from sparsecomp.frontends.onnx_norm import fold_norm
 from sparsecomp.frontends.onnx_shapes import infer
 from sparsecomp.frontends.onnx_shrink import Shrunk, remove_channels, remove_heads
 from sparsecomp.frontends.onnx_skip import Skipped, skip_blocks
 from sparsecomp.ir import ConvSite, LinearSite
-from sparsecomp.onnx_choice import Planned, plan_sites
-from sparsecomp.onnx_planning import Calibration, Wish, choose_patterns, prune, read_calibration, with_budget
+from sparsecomp.onnx_choice import Planned, found_sites, plan_sites
+from sparsecomp.onnx_planning import Calibration, Wish, choose_patterns, read_calibration, with_budget
 from sparsecomp.options import Options
 from sparsecomp.passes import DetectConv, DetectLinear, FuseEpilogue, run_passes
+from sparsecomp.patterns import Pattern
 from sparsecomp.planner import Plan
 from sparsecomp.planner.budget import Budget
 from sparsecomp.planner.skips import SkipForm
 from sparsecomp.pruning.criterion import criterion_named
+from sparsecomp.pruning.sparsify import Refine, sparsify_
 from sparsecomp.report import Report
 from sparsecomp.runtime.ort_library import OrtForm, OrtOperation
 from sparsecomp.runtime.ort_library import build as build_library
@@ -139,8 +144,7 @@ def optimize(
     widened = widen(loaded)
     budget = _budget(max_quality_loss, max_latency, speedup)
     wish = _wish(loaded, budget, calibration, criterion)
-    if wish.calibration and shapes is None:
-        shapes = {name: tuple(value.shape) for name, value in wish.calibration[0].items()}
+    shapes = wish.shapes if shapes is None else shapes
     skipped = [] if skip is None else _skip(loaded, skip, wish.calibration, shapes)
     lefts = reshape_left(loaded, shapes)
     planned = plan_sites(loaded, parsed, target, shapes)
@@ -173,6 +177,110 @@ def optimize(
     return report
 
 
+def plan(
+    model: Source,
+    calibration: Calibration,
+    *,
+    options: Options | Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    max_quality_loss: float | None = None,
+    max_latency: float | str | None = None,
+    speedup: float | None = None,
+    patterns: Iterable[str | Pattern] | None = None,
+    criterion: str = "sparsegpt",
+    progress: bool | None = None,
+) -> Plan:
+    """Choose a pattern for every layer of a dense model under one budget, as `sparsecomp.plan` does.
+
+    Args:
+        model: as in `inspect`.
+        calibration: as in `optimize`.
+        options: as in `inspect`; what `exclude` names stays dense.
+        shapes: sizes of inputs by name that the latency is of; those of one sample if None.
+        max_quality_loss: as in `optimize`.
+        max_latency: as in `optimize`.
+        speedup: as in `optimize`.
+        patterns: what a layer may be pruned to, each with its share of zeros; `DEFAULT_PATTERNS` if None.
+        criterion: that the model will be pruned by.
+        progress: whether to show a progress bar; None: on a terminal.
+
+    Returns:
+        The plan: for `prune`, and for the option `plan` of `optimize`.
+
+    Raises:
+        ValueError: there is not exactly one budget or it cannot be reached, the model is not valid or has nothing to
+            prune, or an option or the calibration is bad.
+        FileNotFoundError: there is no such file.
+    """
+    parsed, target = _options(options)
+    budget = Budget.of(max_quality_loss, max_latency, speedup)
+    loaded = load(model)
+    widen(loaded)
+    wish = _wish(loaded, budget, calibration, criterion)
+    shapes = wish.shapes if shapes is None else shapes
+    reshape_left(loaded, shapes)
+    planned = plan_sites(loaded, parsed, target, shapes)
+    module = OnnxModule(loaded, [(item.overlay, item.site) for item in planned])
+    return choose_patterns(module, [item.choice for item in planned], target, wish, patterns, progress)
+
+
+def prune(
+    model: Source,
+    output: str | os.PathLike[str],
+    pattern: str | Pattern | Plan,
+    *,
+    criterion: str | None = None,
+    calibration: Calibration | None = None,
+    refine: Refine | None = None,
+    exclude: Sequence[str] = (),
+    progress: bool | None = None,
+) -> list[str]:
+    """Write a model with pruned weights: its own operations, whose dense weights hold zeros, for any tool.
+
+    A model in float16 is written with weights in float32. All layers are pruned from one look at the dense model.
+
+    Args:
+        model: as in `inspect`.
+        output: path of the model to write.
+        pattern: what to prune every layer to, such as `"2:4"`, or a plan with one for each.
+        criterion: as in `optimize`.
+        calibration: as in `optimize`; only `"magnitude"` needs none.
+        refine: `"dsnot"` exchanges entries of the chosen masks.
+        exclude: regular expressions; layers whose name one of them matches anywhere stay as they are.
+        progress: whether to show a progress bar; None: on a terminal.
+
+    Returns:
+        Names of the layers that were pruned.
+
+    Raises:
+        ValueError: the model is not valid or no layer can be pruned, or the pattern, the plan, the criterion or the
+            calibration is bad; nothing is written.
+        FileNotFoundError: there is no such file.
+    """
+    rules = Options.parse({"exclude": exclude})
+    loaded = load(model)
+    widen(loaded)
+    wish = _wish(loaded, None, calibration, criterion)
+    known = loaded.opset_imports.get("", OLDEST_OPSET) >= OLDEST_OPSET
+    sites = [*found_sites(build(loaded, infer(loaded, wish.shapes)))] if known else []
+    module = OnnxModule(loaded, [(overlay, site) for overlay, site, _ in sites])
+    if not any(module.children()):
+        reasons = (f": {site.name!r} cannot, since {why_not(loaded, overlay, site)}" for overlay, site, _ in sites)
+        raise ValueError(f"the model has no layer that can be pruned{next(reasons, '')}")
+    names = sparsify_(
+        module,
+        pattern,
+        criterion=wish.criterion,
+        calibration=wish.calibration or None,
+        refine=refine,
+        filter_fn=None if isinstance(pattern, Plan) else lambda _, name: rules.excluding(name) is None,
+        progress=progress,
+    )
+    module.write_to(loaded)
+    _save(loaded, Path(output))
+    return names
+
+
 def _budget(max_quality_loss: float | None, max_latency: float | str | None, speedup: float | None) -> Budget | None:
     if max_quality_loss is max_latency is speedup is None:
         return None
@@ -203,13 +311,13 @@ def _prune(
     """Prune a model, in place, to the plan that is given or chosen."""
     module = OnnxModule(model, [(item.overlay, item.site) for item in planned])
     if wish.budget is not None:
-        plan = choose_patterns(module, [item.choice for item in planned], target, wish, progress)
+        chosen = choose_patterns(module, [item.choice for item in planned], target, wish, None, progress)
     else:
         assert options.plan is not None
-        plan = options.plan
-    prune(module, plan, wish, progress)
+        chosen = options.plan
+    sparsify_(module, chosen, criterion=wish.criterion, calibration=wish.calibration or None, progress=progress)
     module.write_to(model)
-    return plan
+    return chosen
 
 
 def _skip(

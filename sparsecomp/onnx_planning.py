@@ -23,11 +23,10 @@ from sparsecomp.planner.budget import Budget, Summary
 from sparsecomp.planner.plan import SiteChoice
 from sparsecomp.planner.pricing import Pricer, scaled
 from sparsecomp.planner.select import module_name
-from sparsecomp.planning import DEFAULT_PATTERNS, Priced, as_patterns, under_budget
+from sparsecomp.planning import Priced, as_patterns, under_budget
 from sparsecomp.pruning.calibration import as_calls
 from sparsecomp.pruning.criterion import criterion_named
 from sparsecomp.pruning.sites import choose_sites
-from sparsecomp.pruning.sparsify import sparsify_
 from sparsecomp.runtime.ort_timing import product_call
 from sparsecomp.targets.base import DENSE, Problem, Target, WeightFacts
 from sparsecomp.targets.cpu.timing import median_seconds
@@ -52,6 +51,11 @@ class Wish:
     budget: Budget | None
     criterion: str
     calibration: list[dict[str, Tensor]]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Sizes of the inputs of one batch by name; None if nothing was given."""
+        return {name: tuple(value.shape) for name, value in self.calibration[0].items()} if self.calibration else None
 
 
 def read_calibration(given: Calibration, inputs: Mapping[str, Sequence[int | None]]) -> list[dict[str, Tensor]]:
@@ -108,7 +112,12 @@ def _names(items: Iterable[str]) -> str:
 
 
 def choose_patterns(
-    module: OnnxModule, choices: Sequence[SiteChoice], target: Target, wish: Wish, progress: bool | None = None
+    module: OnnxModule,
+    choices: Sequence[SiteChoice],
+    target: Target,
+    wish: Wish,
+    patterns: Iterable[str | Pattern] | None,
+    progress: bool | None,
 ) -> Plan:
     """A plan under the budget of a wish.
 
@@ -117,6 +126,7 @@ def choose_patterns(
         choices: of its sites as they are, whose predicted costs count.
         target: prices the sites.
         wish: with a budget and calibration.
+        patterns: what a layer may be pruned to; `DEFAULT_PATTERNS` if None.
         progress: whether to show a progress bar; None: on a terminal.
 
     Raises:
@@ -128,6 +138,7 @@ def choose_patterns(
     entries = [choice for choice in choices if module_name(choice) in prunable and not choice.declined]
     if not entries:
         raise ValueError("the model has no layer that could be pruned and run by a sparse kernel: see inspect")
+    wanted = as_patterns(patterns, prunable.values())
 
     def price() -> Priced:
         pricer = Pricer(target, autotune=False)
@@ -140,14 +151,8 @@ def choose_patterns(
         plan.summary = Summary(dense_us, max(0.0, dense_us - inside), dense_us, "", 0.0)
         return Priced(plan, {name: prunable[name] for name in map(module_name, entries)}, pricer, scale)
 
-    patterns, rule = as_patterns(DEFAULT_PATTERNS), criterion_named(wish.criterion)
-    return under_budget(module, batches, price, patterns, wish.budget, criterion=rule, quality=None, progress=progress)
-
-
-def prune(module: OnnxModule, plan: Plan, wish: Wish, progress: bool | None = None) -> list[str]:
-    """Prune the weights of a module to what a plan says; see `sparsecomp.sparsify_`."""
-    batches = wish.calibration or None
-    return sparsify_(module, plan, criterion=wish.criterion, calibration=batches, progress=progress)
+    rule = criterion_named(wish.criterion)
+    return under_budget(module, batches, price, wanted, wish.budget, criterion=rule, quality=None, progress=progress)
 
 
 def _dense_us(module: OnnxModule, feeds: Mapping[str, Tensor]) -> float:

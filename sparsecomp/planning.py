@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,11 +130,11 @@ def plan(
             inputs, no site of the model can become faster, or the outputs cannot be compared.
     """
     budget = Budget.of(max_quality_loss, max_latency, speedup)
-    wanted = as_patterns(DEFAULT_PATTERNS if patterns is None else patterns)
     forms = parse_forms(skips)
     rule = criterion_named(criterion)
     model = getattr(model, "_orig_mod", model)  # below torch.compile
     sites = choose_sites(model, filter_fn)
+    wanted = as_patterns(patterns, sites)
     batches = as_calls(calibration)
     timed = batches[0] if inputs is None else as_calls([inputs])[0]
     resolved = Options.parse({"target": target, "autotune": autotune}).resolve_target(model.parameters())
@@ -170,12 +170,13 @@ def under_budget(
         return select(options, budget)
 
 
-def as_patterns(given: Iterable[str | Pattern]) -> list[Pattern]:
-    """Patterns to prune to.
+def as_patterns(given: Iterable[str | Pattern] | None, sites: Collection[Site]) -> list[Pattern]:
+    """Patterns to prune to; `DEFAULT_PATTERNS` if None.
 
     Raises:
-        ValueError: one is wrong or does not say how much to prune, or there is none.
+        ValueError: one is wrong, does not say how much to prune or fits none of the sites, or there is none.
     """
+    given = DEFAULT_PATTERNS if given is None else given
     if isinstance(given, (str, Pattern)):
         given = [given]
     found = []
@@ -185,6 +186,8 @@ def as_patterns(given: Iterable[str | Pattern]) -> list[Pattern]:
             raise ValueError(
                 f"pattern '{pattern}' does not say how much to prune: give the share of zeros, such as '{pattern}@0.8'"
             )
+        if not any(site.takes(pattern) for site in sites):
+            raise ValueError(f"no site takes '{pattern}': it is for convolutions with kernels of {pattern.m} taps")
         if pattern.kind != "dense" and pattern not in found:
             found.append(pattern)
     if not found:

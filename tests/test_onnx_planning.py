@@ -200,6 +200,79 @@ def test_the_command(tmp_path: Path) -> None:
     assert "cannot be reached" in result.stderr
 
 
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    model = onnx.load(path)
+    return {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in model.graph.initializer}
+
+
+def test_a_pattern_is_pruned_to_and_the_operations_stay(tmp_path: Path) -> None:
+    model, samples = _mlp(), RANDOM.standard_normal((4 * TOKENS, WIDTH)).astype(np.float32)
+    names = sparsecomp.onnx.prune(model, tmp_path / "m.onnx", "2:4", calibration={"x": samples}, exclude=["^down"])
+    assert names == ["up"]
+    weights = _weights(tmp_path / "m.onnx")
+    assert sparsecomp.Pattern.parse("2:4").check(weights["up.weight"].t())
+    dense = numpy_helper.to_array(model.graph.initializer[2])
+    np.testing.assert_array_equal(weights["down.weight"].numpy(), dense)
+    assert [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node] == [n.op_type for n in model.graph.node]
+    assert 0 < _loss(model, tmp_path / "m.onnx", samples[:TOKENS]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "options", "message"),
+    [
+        ("2:4", {"criterion": "wanda"}, "criterion='wanda' needs calibration"),
+        ("2:4", {"exclude": ["up", "down"]}, "filter_fn rejected every module"),
+        ("16:taps:4:9", {}, "for convolutions whose kernels have 9 taps; module 'up'"),
+        ("unstructured", {}, "does not say how much"),
+        ("2:4", {"criterion": "wanda", "calibration": {"x": np.full((2, WIDTH), np.nan, np.float32)}}, "NaN"),
+    ],
+)
+def test_what_cannot_be_pruned_is_told_and_nothing_is_written(
+    pattern: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sparsecomp.onnx.prune(_mlp(), tmp_path / "m.onnx", pattern, **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_model_without_layers_to_prune_says_why(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("MatMul", ["a", "w"], ["y"])]
+    shared = cases.model_of(nodes, {"x": [2, 8]}, {"w": _array(8, 8)})
+    with pytest.raises(ValueError, match=r"no layer that can be pruned.* its weight is used elsewhere too"):
+        sparsecomp.onnx.prune(shared, tmp_path / "m.onnx", "2:4")
+    empty = cases.model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": [2, 8]}, {})
+    with pytest.raises(ValueError, match=r"no layer that can be pruned$"):
+        sparsecomp.onnx.prune(empty, tmp_path / "m.onnx", "2:4")
+
+
+def test_the_commands_plan_and_prune(tmp_path: Path) -> None:
+    model = _mlp()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = TOKENS
+    onnx.save(model, tmp_path / "m.onnx")
+    np.savez(tmp_path / "data.npz", x=RANDOM.standard_normal((4 * TOKENS, WIDTH)).astype(np.float32))
+    given, plan, runner = [str(tmp_path / "m.onnx")], str(tmp_path / "plan.json"), CliRunner()
+    shared = ["--calibration", str(tmp_path / "data.npz"), "--criterion", "wanda"]
+    budget = ["--max-quality-loss", "0.3", "--pattern", "unstructured@0.7"]
+    result = runner.invoke(app, ["plan", *given, *shared, *budget, "-o", plan])
+    assert result.exit_code == 0, result.output
+    wanted = {choice.name: choice.prune for choice in sparsecomp.Plan.load(plan)}
+    assert "unstructured@0.7" in wanted.values()
+    result = runner.invoke(app, ["prune", *given, "--plan", plan, *shared, "-o", str(tmp_path / "p.onnx")])
+    assert result.exit_code == 0, result.output
+    weights = _weights(tmp_path / "p.onnx")
+    for name, prune in wanted.items():
+        zeros = float((weights[f"{name}.weight"] == 0).float().mean())
+        assert zeros == pytest.approx(0.7 if prune else 0, abs=0.01)
+    again = runner.invoke(app, ["prune", *given, "2:4", "-o", str(tmp_path / "p.onnx")])
+    assert again.exit_code == 1
+    assert "exists already" in again.stderr
+    for extra, message in ((["--reconstruct"], "for model folders"), (["--criterion", "ria"], "needs calibration")):
+        result = runner.invoke(app, ["prune", *given, "2:4", *extra, "-o", str(tmp_path / "q.onnx")])
+        assert result.exit_code == 1
+        assert message in result.stderr
+    assert not (tmp_path / "q.onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

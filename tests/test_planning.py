@@ -209,6 +209,7 @@ def test_autotune_takes_measured_costs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"speedup": 100.0}, "cannot be reached: with the fastest option everywhere"),
         ({"speedup": 2.0, "patterns": ["unstructured"]}, "does not say how much to prune"),
         ({"speedup": 2.0, "patterns": []}, "holds nothing to prune to"),
+        ({"speedup": 2.0, "patterns": ["2:4", "16:taps:4:9"]}, "no site takes '16:taps:4:9'"),
         ({"speedup": 2.0, "patterns": ["3:2"]}, "N must be from 1 to M"),
         ({"speedup": 2.0, "criterion": "sparsgpt"}, "did you mean 'sparsegpt'"),
         ({"speedup": 2.0, "target": "x68"}, "did you mean"),

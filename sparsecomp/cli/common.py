@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,3 +28,16 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def onnx_api() -> Any:
+    """The module `sparsecomp.onnx`.
+
+    Raises:
+        ValueError: what it needs is not installed.
+    """
+    try:
+        import sparsecomp.onnx
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'sparsecomp[onnx]'") from error
+    return sparsecomp.onnx

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from sparsecomp.cli.common import Threads, errors_for_people, set_threads
+from sparsecomp.cli.common import Threads, errors_for_people, onnx_api, set_threads
 
 Model = Annotated[Path, typer.Argument(help="An ONNX model.")]
 TargetName = Annotated[str | None, typer.Option(help="Name of a target; this machine's if not given.")]
@@ -40,7 +40,7 @@ def inspect(
         set_threads(threads)
         sizes = sizes_of(shape)
         options = {"target": target, "plan": plan, "exclude": exclude}
-        report = _api().inspect(model, options=options, shapes=sizes)
+        report = onnx_api().inspect(model, options=options, shapes=sizes)
     print(report)
     if save_plan is not None:
         report.plan.save(save_plan)
@@ -93,12 +93,12 @@ def optimize(
                 raise ValueError(
                     "--portable chooses no kernels and prunes nothing: it takes --shape, or --skip with --calibration"
                 )
-            for found in _api().shrink(model, output, shapes=sizes or None, skip=skip, calibration=calibration):
+            for found in onnx_api().shrink(model, output, shapes=sizes or None, skip=skip, calibration=calibration):
                 print(found)
             print(f"written to {output}, in standard operations")
             return
         options = {"target": target, "plan": plan, "exclude": exclude}
-        report = _api().optimize(
+        report = onnx_api().optimize(
             model,
             output,
             options=options,
@@ -110,7 +110,7 @@ def optimize(
             criterion=criterion,
             skip=skip,
         )
-        library = _api().library_of(output)
+        library = onnx_api().library_of(output)
     if report.plan.budget is not None:
         print(report.plan)
     print(report)
@@ -134,20 +134,12 @@ def bench(
         set_threads(threads)
         sizes = sizes_of(shape)
         options = {"target": target, "plan": plan, "exclude": exclude}
-        timings = _api().bench(model, options=options, shapes=sizes, rounds=rounds)
+        timings = onnx_api().bench(model, options=options, shapes=sizes, rounds=rounds)
     print(f"{'':32} {'ms':>9} {'speed-up':>9} {'difference':>11} {'load ms':>9}")
     for row in timings:
         print(f"{row.name:32} {row.ms:9.3f} {row.speedup:8.2f}x {row.difference:11.1e} {row.load_ms:9.0f}")
     if len(timings) == 1:
         print("nothing was replaced: no layer would gain (see sparsecomp inspect)")
-
-
-def _api() -> Any:
-    try:
-        import sparsecomp.onnx
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'sparsecomp[onnx]'") from error
-    return sparsecomp.onnx
 
 
 def parts_of(given: list[str] | None) -> dict[str, list[str]]:

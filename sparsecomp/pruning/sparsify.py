@@ -110,12 +110,9 @@ def _patterns(pattern: str | Pattern | Plan, sites: Sequence[Site]) -> dict[int,
             raise ValueError(
                 f"pattern '{pattern}' does not say how much to prune: give the share of zeros, such as '{pattern}@0.8'"
             )
-        if not all(site.takes(pattern) for site in sites):
-            other = next(site for site in sites if not site.takes(pattern))
-            raise ValueError(
-                f"pattern '{pattern}' is for convolutions whose kernels have {pattern.m} taps; {other.where} has a "
-                f"weight of shape {list(other.weight.shape)}: choose the modules with filter_fn"
-            )
+        for site in sites:
+            if not site.takes(pattern):
+                raise ValueError(f"{_not_taken(pattern, site)}: choose the modules with filter_fn")
         return {} if pattern.kind == "dense" else {id(site.weight): pattern for site in sites}
     by_name = {site.name: site for site in sites}
     result: dict[int, Pattern] = {}
@@ -129,9 +126,18 @@ def _patterns(pattern: str | Pattern | Plan, sites: Sequence[Site]) -> dict[int,
                 "filter_fn rejects it): make the plan for this model"
             )
         wanted = Pattern.parse(choice.prune)
+        if not by_name[name].takes(wanted):
+            raise ValueError(f"{_not_taken(wanted, by_name[name])}: make the plan for this model")
         if result.setdefault(id(by_name[name].weight), wanted) != wanted:
             raise ValueError(f"the plan has two patterns for the weight of {choice.name!r}, one of them {wanted}")
     return result
+
+
+def _not_taken(pattern: Pattern, site: Site) -> str:
+    return (
+        f"pattern '{pattern}' is for convolutions whose kernels have {pattern.m} taps; {site.where} has a weight of "
+        f"shape {list(site.weight.shape)}"
+    )
 
 
 class _Undo:

@@ -410,6 +410,11 @@ def interrupted(model: Stack) -> list[Tensor]:
             {"pattern": site_plan(nowhere="2:4")},
             "plan prunes 'nowhere' to 2:4, but the model has no such",
         ),
+        (
+            spoil_nothing,
+            {"pattern": site_plan(**{"blocks.0.up": "2:4", "blocks.1.up": "16:taps:4:9"})},
+            r"kernels have 9 taps; module 'blocks\.1\.up'",
+        ),
     ],
 )
 def test_bad_calibration_changes_nothing(criterion, spoil, options, message) -> None:  # type: ignore[no-untyped-def]
