@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -18,6 +19,8 @@ import arm_tools  # building and running packages, as the tests do
 import onnx_cases
 
 import sparsecomp
+from sparsecomp.frontends.onnx_load import load
+from sparsecomp.hls.quantise import quantise
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.choose import MARGIN
 from sparsecomp.targets.arm import cost
@@ -28,15 +31,19 @@ from sparsecomp.window import Maps, Window
 
 PATTERNS = ("dense", "unstructured@0.5", "unstructured@0.75", "unstructured@0.9", "2:4", "4:2:4", "8:2:4", "16:2:4")
 INPUTS, OUTPUTS, TOKENS = 384, 1536, 64
-LOOPS = ("panel_16_4", "panel_16_6", "panel_8_8", "rows_4.shared", "rows_4.own")
+INTEGERS = ("dense", "unstructured@0.9", "4:2:4", "8:2:4", "16:2:4", "16:1:4")
+LOOPS = ("panel_16_4", "panel_16_6", "panel_8_8", "rows_4.shared", "rows_4.own", "int8_16_4_1", "int8_16_4_2")
 
 
-def instructions(pattern: str, folder: Path) -> tuple[int, str]:
-    """Instructions of one call, and the kernel that was chosen."""
+def instructions(pattern: str, folder: Path, *, integers: bool = False) -> tuple[int, str]:
+    """Instructions of one call, and the kernel that was chosen; of a float model or of that model quantised to int8."""
     weight = torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(0))
     if pattern != "dense":
         weight = Pattern.parse(pattern).project(weight)
     model = onnx_cases.linear_model(weight.t().contiguous().numpy(), np.zeros(OUTPUTS, np.float32))
+    if integers:
+        samples = np.random.default_rng(0).standard_normal((TOKENS, INPUTS), np.float32)
+        model = ir.to_proto(quantise(load(model), pattern, {"x": samples}))
     report = sparsecomp.export(model, output=folder, shapes={"x": [TOKENS, INPUTS]})
     program = arm_tools.build(folder, arm_tools.cross_compiler())
     chosen = next(iter(report.plan)).chosen
@@ -65,10 +72,15 @@ def main() -> None:
             count, chosen = instructions(pattern, Path(folder))
             dense = dense or count
             print(f"  {pattern:18} {chosen:22} {count / 1e6:8.2f} million  {count / dense:.3f} of dense")
+        print("  the same as a QDQ model, with the quantisation of its output:")
+        for pattern in INTEGERS:
+            count, chosen = instructions(pattern, Path(folder), integers=True)
+            print(f"  {pattern:18} {chosen:22} {count / 1e6:8.2f} million  {count / dense:.3f} of dense in float32")
     print(f"\nMultiply-adds started, of those that the CPU could start, by llvm-mca {cost.llvm_mca_version()}")
     print(f"  {'':12} " + " ".join(f"{loop:>14}" for loop in LOOPS))
     for name in cpu_names():
-        print(f"  {name:12} " + " ".join(f"{cost.fmla_share(cpu(name), loop):14.2f}" for loop in LOOPS))
+        have = [loop for loop in LOOPS if cpu(name).dotprod or not loop.startswith("int8")]
+        print(f"  {name:12} " + " ".join(f"{cost.fmla_share(cpu(name), loop):14.2f}" for loop in have))
     cases = {
         f"{INPUTS} to {OUTPUTS}, {TOKENS}": ((OUTPUTS, INPUTS), TOKENS, None, None),
         "96 to 96, 3136": ((96, 96), 3136, None, None),

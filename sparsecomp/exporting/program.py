@@ -127,10 +127,10 @@ class SiteStep:
 
     Attributes:
         name: of the site.
-        kernel: `dense`, `rows`, `panel`, `conv` or `depthwise`: at the largest sizes.
+        kernel: `dense`, `rows`, `panel`, `int8`, `conv` or `depthwise`: at the largest sizes.
         pattern: of its weight.
         calls: how its kernel is called, each for at most so many tokens or images, in rising order.
-        bias: `[O]`; of a convolution `[2 * O]`, what is added and then the scales.
+        bias: `[O]`; of a convolution `[2 * O]`, what is added and then the scales; in int8 see `DotWeight.terms`.
         us: counted microseconds at the largest sizes, without what a board measured; 0 where nothing was predicted.
     """
 

@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 from sparsecomp.analysis import SiteChooser
 from sparsecomp.exporting.lowering import SITE_OP
 from sparsecomp.exporting.program import Count, SiteStep, product
+from sparsecomp.exporting.quantised import is_dequantised, quantised
 from sparsecomp.frontends.onnx import Derived, Overlay, build
 from sparsecomp.frontends.onnx_norm import fold_norm
 from sparsecomp.frontends.onnx_shapes import infer
@@ -24,6 +25,7 @@ from sparsecomp.onnx_choice import found_sites, why_not_ours
 from sparsecomp.options import Options
 from sparsecomp.planner import SiteChoice, decline
 from sparsecomp.targets.arm.cpu import ArmLevel
+from sparsecomp.targets.arm.dot import INT8, Quantised, QuantisedWeight
 from sparsecomp.targets.arm.kernels import Call, LinearWeight, SiteCall, pack_conv
 from sparsecomp.targets.arm.target import ArmTarget
 from sparsecomp.targets.base import DENSE, Candidate, WeightFacts
@@ -42,6 +44,7 @@ class FoundSite:
         choice: what it becomes.
         computed: whether our kernels compute it, dense ones included; TVM computes what they do not take.
         price: microseconds of a candidate with so many tokens; None where a plan or an option chose.
+        integers: of a linear that computes in int8, with the value that its input is quantised from.
     """
 
     overlay: Overlay
@@ -49,6 +52,7 @@ class FoundSite:
     choice: SiteChoice
     computed: bool
     price: Callable[[Candidate, int], float] | None = None
+    integers: tuple[Quantised, ir.Value] | None = None
 
 
 def find_sites(
@@ -73,12 +77,31 @@ def find_sites(
         if rule is not None:
             found.append(FoundSite(overlay, site, decline(site, f"excluded by {rule!r}", facts), True))
             continue
-        chooser = SiteChooser(site, target, options, threads=threads)
+        integers, why_not = _integers(overlay, site, target)
+        offers = target if integers is None else ArmTarget(target.cpu, target.half, quantised=True)
+        chooser = SiteChooser(site, offers, options, threads=threads)
         choice = chooser.choice(facts)
+        if why_not:
+            choice = replace(choice, reason=f"{choice.reason}; not int8: {why_not}")
+        if choice.chosen.kernel != INT8:
+            integers = None
         asked = None if options.plan is None else options.plan.site(site.name, site.tokens)
-        price = None if asked is not None else functools.partial(_price, chooser, facts, target)
-        found.append(FoundSite(overlay, site, choice, True, price))
+        # In int8 dense and sparse take other inputs than in float32: one of both for all sizes.
+        price = None if asked is not None or integers else functools.partial(_price, chooser, facts, target)
+        found.append(FoundSite(overlay, site, choice, True, price, integers))
     return found
+
+
+def _integers(overlay: Overlay, site: Site, target: ArmTarget) -> tuple[tuple[Quantised, ir.Value] | None, str]:
+    """What a linear of a QDQ model computes with, None for others; why one whose weight is quantised has none."""
+    if not isinstance(site, LinearSite) or not is_dequantised(overlay, site):
+        return None, ""
+    if not target.cpu.dotprod:
+        return None, f"{target.cpu.name} has no dot products"
+    try:
+        return quantised(overlay, site), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def _price(chooser: SiteChooser, facts: WeightFacts, target: ArmTarget, candidate: Candidate, tokens: int) -> float:
@@ -119,10 +142,13 @@ def _packed(item: FoundSite, shape: tuple[Count, ...], target: ArmTarget, level:
     if isinstance(site, LinearSite):
         epilogue = Epilogue(site.activation, site.residual is not None)
         matrix = site.weight.t() if site.transposed else site.weight
-        packed: dict[Candidate, LinearWeight] = {}
+        packed: dict[Candidate, LinearWeight | QuantisedWeight] = {}
         for most in range_ends(product(shape[:-1])):
             best = _best(item, most)
-            if best not in packed:
+            if best not in packed and item.integers is not None:
+                packed[best] = whole = QuantisedWeight.pack(level, best, item.integers[0], bias)
+                bias = whole.terms
+            elif best not in packed:
                 packed[best] = LinearWeight.pack(level, target.cpu.caches, best, matrix)
             call = packed[best].call(most, threads, epilogue)
             if calls and _same_cut(calls[-1][1].call, call.call):
@@ -208,6 +234,9 @@ def replace_sites(model: ir.Model, sites: Sequence[FoundSite]) -> None:
         nodes: list[ir.Node] = []
         names = [site.x] if site.residual is None else [site.x, site.residual]
         operands = [_operand(overlay, name, nodes, replaced, f"site_{index}") for name in names]
+        if item.integers is not None:
+            source = item.integers[1]
+            operands[0] = replaced.get(source, source)
         node = ir.Node("", SITE_OP, operands, [ir.AttrInt64("index", index)], name=site.name)
         node.outputs[0].name = f"site_{index}.output"
         nodes.append(node)

@@ -16,7 +16,9 @@ from typing import Any
 
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import Layout
+from sparsecomp.kernels.dot import STEP
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmCpu
+from sparsecomp.targets.arm.dot import INT8, STEP_BYTES, dot_tile, steps
 from sparsecomp.targets.arm.kernels import (
     DENSE_V,
     HALF,
@@ -91,6 +93,8 @@ def _count(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
         return _conv(cpu, candidate, problem)
     if candidate.kernel in ROW_KERNELS:
         return _rows(cpu, problem, candidate.kernel)
+    if candidate.kernel == INT8:
+        return _dot(cpu, problem, **dict(candidate.params))
     return _panel(cpu, candidate, problem)
 
 
@@ -136,6 +140,19 @@ def _panel(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
     cycles = tiles * (columns * parts * loop + panels * parts * sums * _TILE_SUM)
     groups = math.ceil(problem.tokens / schedules.GROUP_TOKENS)
     return Cost(cycles * share, _memory(cpu, columns * 4 * (v + 1), groups))
+
+
+def _dot(cpu: ArmCpu, problem: Problem, v: int, window: int) -> Cost:
+    facts, tile = problem.facts, dot_tile(v, problem.tokens)
+    panels, tiles = math.ceil(facts.out_features / v), math.ceil(problem.tokens / tile)
+    count, sums = steps(facts, v, window), tile * v / LANES
+    cycles = tiles * (count * loop_cycles(cpu, f"{INT8}_{v}_{tile}_{window}") + panels * sums * _TILE_SUM)
+    cut = schedules.panel_cut(tile, problem.tokens, panels, problem.threads)
+    # Every split of the panels makes the levels of its tokens.
+    levels = problem.tokens * facts.in_features / STEP * loop_cycles(cpu, "levels") * cut.splits
+    cycles = (cycles + levels) / problem.threads
+    groups = math.ceil(problem.tokens / schedules.GROUP_TOKENS)
+    return Cost(cycles, _memory(cpu, count * (16 * v + STEP_BYTES), groups))
 
 
 def _conv(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:

@@ -78,6 +78,11 @@ class ArmCpu:
         return "asimdhp" in self.needs
 
     @property
+    def dotprod(self) -> bool:
+        """Whether it has `sdot`, four products of bytes for each lane of 32 bits."""
+        return "asimddp" in self.needs
+
+    @property
     def sve(self) -> bool:
         """Whether it has SVE, of 256 bits: what `facts.json` knows with SVE has that length."""
         return "sve" in self.needs

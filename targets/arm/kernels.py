@@ -168,7 +168,7 @@ class LinearWeight:
         schedule = panel_schedule(v, tile)
         cut = schedules.panel_cut(tile, tokens, math.ceil(outputs / v), threads)
         dims = (tokens, inputs, outputs, cut.group, cut.splits)
-        source = _source(self.level, f"panel_{v}_{tile}", schedule, epilogue, lambda: panel.build(schedule, epilogue))
+        source = source_of(self.level, f"panel_{v}_{tile}", schedule, epilogue, lambda: panel.build(schedule, epilogue))
         return SiteCall(Call(source, self.arrays, dims, cut.items, panel.SCRATCH_FLOATS, cut.group))
 
     def _rows(self, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
@@ -178,7 +178,7 @@ class LinearWeight:
         block, blocks, chunk = self.sizes["block"], self.sizes["blocks"], self.sizes["chunk"]
         dims = (tokens, self.shape[1], self.shape[0], blocks, block * shape.tile, chunk, cut.splits)
         scratch = rows.scratch_floats(self.shape[1], chunk, shape)
-        source = _source(level, f"{self.kernel}_{cut.variant}", shape, epilogue, lambda: rows.build(shape, epilogue))
+        source = source_of(level, f"{self.kernel}_{cut.variant}", shape, epilogue, lambda: rows.build(shape, epilogue))
         return SiteCall(Call(source, self.arrays, dims, cut.items, scratch, shape.tile))
 
 
@@ -226,7 +226,7 @@ class ConvWeight:
         schedule = conv.ConvSchedule(LANES, cut.vectors, _SPREAD, geometry.masked, cut.whole, cut.direct)
         dims = conv.dims(schedule, sizes, geometry, maps.images, (window.groups, cut.splits, cut.image_tiles))
         scratch = conv.scratch_floats(schedule, sizes, cut.splits)
-        source = _source(level, f"conv_{schedule.label}", schedule, epilogue, lambda: conv.build(schedule, epilogue))
+        source = source_of(level, f"conv_{schedule.label}", schedule, epilogue, lambda: conv.build(schedule, epilogue))
         call = Call(source, self.arrays, tuple(dims), cut.items, scratch)
         if not geometry.opened:
             return SiteCall(call)
@@ -267,7 +267,7 @@ class DepthwiseWeight:
         layout = depthwise.Layout.of(window, maps)
         schedule = conv_schedules.depthwise_schedule(level, layout, window, maps)
         name = f"depthwise_{schedule.vectors}_{schedule.step}"
-        source = _source(level, name, schedule, epilogue, lambda: depthwise.build(schedule, epilogue))
+        source = source_of(level, name, schedule, epilogue, lambda: depthwise.build(schedule, epilogue))
         dims = tuple(depthwise.dims(schedule, layout, window, maps, outputs))
         scratch = depthwise.scratch_floats(schedule, layout, window.output(maps.height, maps.width)[0])
         arrays = (self.values, layout.distances, layout.phases)
@@ -281,7 +281,8 @@ def pack_conv(level: ArmLevel, caches: Caches, weight: Tensor, window: Window) -
     return ConvWeight.pack(level, caches, weight, window)
 
 
-def _source(level: ArmLevel, name: str, schedule: Any, epilogue: Epilogue, build: Any) -> KernelSource:
+def source_of(level: ArmLevel, name: str, schedule: Any, epilogue: Epilogue, build: Any) -> KernelSource:
+    """A kernel to build, named after its schedule and what follows its sums."""
     order = "_first" if epilogue.residual_first else ""
     name = f"{name}_{epilogue.activation}{'_residual' * epilogue.residual}{order}"
     return KernelSource(name, f"{schedule!r} {epilogue!r}", build, level.tvm_target)

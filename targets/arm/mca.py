@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsecomp.kernels import depthwise, panel, rows, tir
+from sparsecomp.kernels import depthwise, dot, panel, rows, tir
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmLevel, cpu, cpu_names
-from sparsecomp.targets.arm.kernels import HALF, PANEL_TILES, SVE, panel_schedule, row_level, row_schedule
+from sparsecomp.targets.arm.dot import DOT_TILES, INT8, WINDOWS
+from sparsecomp.targets.arm.kernels import DENSE_V, HALF, PANEL_TILES, SVE, panel_schedule, row_level, row_schedule
 
 LEAST_LLVM = 19
+LEVELS = "levels"
+_DIVISION = re.compile(r"\s+fdiv\s+v\d+\.4s")
 _ITERATIONS = 200
 _BRANCH = re.compile(r"\s+(?:b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+,\s*#?\d+,)\s*(\.L\w+)")
 
@@ -97,15 +100,16 @@ def measure(body: list[str], cpu_name: str) -> Loop:
 
 
 def multiply_adds(body: list[str]) -> int:
-    """Multiply-adds among instructions, in units of 128 bits: four lanes, or eight of float16; of SVE two such."""
-    neon = sum(bool(re.match(r"\s+fmla\s+v\d+\.(4s|8h)", line)) for line in body)
+    """Multiply-adds among instructions, of 128 bits each: 4 of float32, 8 of float16 or 16 of int8; of SVE two."""
+    neon = sum(bool(re.match(r"\s+(fmla\s+v\d+\.(4s|8h)|sdot\s+v\d+\.4s)", line)) for line in body)
     return neon + 2 * sum(bool(re.match(r"\s+fm(la|ad)\s+z\d+\.s", line)) for line in body)
 
 
 def loops_of(name: str) -> dict[str, Loop]:
     """The inner loops of the kernels for a CPU: `rows_V.shared`, `rows_V.own`, `panel_V_T`, `depthwise_V`.
 
-    With `rows_half_V` for CPUs that multiply float16, and `rows_sve_V` for those with SVE.
+    With `rows_half_V` for CPUs that multiply float16, `rows_sve_V` for those with SVE, and `int8_V_T_W` for those with
+    dot products, beside `levels`.
     """
     level = cpu(name).level
 
@@ -136,11 +140,28 @@ def loops_of(name: str) -> dict[str, Loop]:
             schedule = panel_schedule(v, tokens)
             tile = next(entry for entry in loops(panel.build(schedule, Epilogue())) if entry[0])
             result[f"panel_{v}_{tokens}"] = once(tile, schedule.vectors * schedule.tokens)
+    if cpu(name).dotprod:
+        shapes = [(v, tokens, w) for v, tiles in DOT_TILES.items() for tokens in tiles for w in WINDOWS]
+        for v, tokens, window in [*shapes, *((DENSE_V, tokens, 1) for tokens in DOT_TILES[DENSE_V])]:
+            schedule_i = dot.DotSchedule(v, tokens, window, native=True)
+            step = next(entry for entry in loops(dot.build(schedule_i, Epilogue())) if entry[0])
+            result[f"{INT8}_{v}_{tokens}_{window}"] = once(step, 4 * schedule_i.vectors * tokens)
+        result[LEVELS] = levels_loop(name)
     for vectors in range(1, ROW_VECTORS + 1):
         schedule_d = depthwise.DepthwiseSchedule(LANES, vectors, 1)
         row = next(entry for entry in loops(depthwise.build(schedule_d, Epilogue())) if entry[0])
         result[f"depthwise_{vectors}"] = once(row, vectors)
     return result
+
+
+def levels_loop(name: str) -> Loop:
+    """The loop of the int8 kernel that makes sixteen values int8, for a CPU: a division of four values bounds it."""
+    function = dot.build(dot.DotSchedule(DENSE_V, 4, 1, native=True), Epilogue())
+    assembly = tir.compile_object(function, "kernel", cpu(name).level.tvm_target)[1]
+    divided = [(sum(bool(_DIVISION.match(line)) for line in body), body) for body in inner_loops(assembly)]
+    count, body = next(entry for entry in divided if entry[0])
+    loop = measure(body, cpu(name).mca)
+    return Loop(0, round(4 * loop.instructions / count), 4 * loop.cycles / count)
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from sparsecomp.targets.arm import calibration, cost
+from sparsecomp.targets.arm import calibration, cost, dot
 from sparsecomp.targets.arm.cpu import ArmCpu, cpu_names, unfit
 from sparsecomp.targets.arm.cpu import cpu as named
+from sparsecomp.targets.arm.dot import INT8
 from sparsecomp.targets.arm.kernels import HALF, PANEL_TILES, ROW_KERNELS, SVE
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts, label_of
 from sparsecomp.window import Window
@@ -26,6 +27,7 @@ class ArmTarget(Target):
     Args:
         cpu: the CPU.
         half: whether sparse linears may compute in float16, which changes their results.
+        quantised: whether it is about a linear whose weight and input are quantised, which may compute in int8.
 
     Raises:
         ValueError: the CPU does not multiply float16.
@@ -33,16 +35,16 @@ class ArmTarget(Target):
 
     dtypes = (torch.float32,)
     calibration = ""  # which one counts, see `calibration.load`
-    cautions: Mapping[str, float] = {"rows": 1.25, HALF: 1.25, SVE: 1.25, "panel": 1.25, "conv": 1.25}
+    cautions: Mapping[str, float] = {"rows": 1.25, HALF: 1.25, SVE: 1.25, "panel": 1.25, INT8: 1.25, "conv": 1.25}
     """Nobody has timed the kernels on the CPU, and the count knows no misses of the L1 cache and no mispredicted
     branch, of which sparse kernels have more than dense ones: without a board's measurements they have to be this much
     better."""
 
-    def __init__(self, cpu: ArmCpu, half: bool = False) -> None:
+    def __init__(self, cpu: ArmCpu, half: bool = False, quantised: bool = False) -> None:
         if half and not cpu.half:
             able = ", ".join(name for name in cpu_names() if named(name).half)
             raise ValueError(f"{cpu.name} does not compute in float16; the CPUs that do are {able}")
-        self.cpu, self._half = cpu, half
+        self.cpu, self.half, self._quantised = cpu, half, quantised and cpu.dotprod
         self.name = f"arm:{cpu.name}"
         self._scales, origin = calibration.load(cpu.name, self.calibration)
         mca = f"cycles by llvm-mca {cost.llvm_mca_version()}, {origin}"
@@ -54,16 +56,16 @@ class ArmTarget(Target):
 
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """See `Target.candidates`."""
-        found = [DENSE]
+        found = [DENSE, *(dot.candidates(facts, allowed) if self._quantised else ())]
         if facts.nonzeros == facts.out_features * facts.in_features:
             # The row kernel keeps all entries: twice the lanes make up for its indices.
-            return [*found, Candidate(HALF, DENSE.pattern)] if self._half else found
+            return [*found, Candidate(HALF, DENSE.pattern)] if self.half else found
         single = label_of(facts, 1, allowed)
         if single is not None:
             found.append(Candidate("rows", single))
             if self.cpu.sve:
                 found.append(Candidate(SVE, single))
-        if self._half:
+        if self.half:
             found.append(Candidate(HALF, single or DENSE.pattern))
         for v in PANELS:
             # Panels are for rows that were pruned to share their columns: others would keep nearly all.
@@ -114,6 +116,9 @@ class ArmTarget(Target):
 
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
         """See `Target.packed_bytes`."""
+        if candidate.kernel == INT8:
+            params = dict(candidate.params)
+            return round(dot.steps(facts, **params) * (dot.STEP_BYTES + 16 * params["v"])) + 8 * facts.out_features
         if candidate.kernel == HALF:
             return 4 * facts.nonzeros + 32 * -(-facts.out_features // 4)
         if candidate.kernel in ("rows", SVE, "conv"):
