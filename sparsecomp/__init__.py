@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sparsecomp.checkpoints import load_checkpoint as load_checkpoint
     from sparsecomp.checkpoints import save_checkpoint as save_checkpoint
     from sparsecomp.dryrun import explain as explain
+    from sparsecomp.experts import split_experts_ as split_experts_
     from sparsecomp.exporting.api import export as export
     from sparsecomp.options import Options as Options
     from sparsecomp.patterns import Pattern as Pattern
@@ -43,6 +44,7 @@ __all__ = [
     "reestimate_batchnorm",
     "save_checkpoint",
     "sparsify_",
+    "split_experts_",
 ]
 
 _HOMES = {
@@ -62,6 +64,7 @@ _HOMES = {
     "reestimate_batchnorm": "sparsecomp.pruning",
     "save_checkpoint": "sparsecomp.checkpoints",
     "sparsify_": "sparsecomp.pruning",
+    "split_experts_": "sparsecomp.experts",
 }
 
 

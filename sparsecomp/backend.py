@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsecomp.analysis import Analysis, PlannedSite, SiteChooser, StaysDense, analyse, gradient_reason
 from sparsecomp.blocks import FfnSite
+from sparsecomp.experts_runtime import ReadyExperts, in_experts, rewrite_experts
 from sparsecomp.frontends.fx import Replacement, apply
 from sparsecomp.frontends.fx_expand import settle
 from sparsecomp.frontends.fx_guards import guard_weight
@@ -136,7 +137,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         rewrite.undo(f"the analysis failed with {type(error).__name__}: {error}")
     compilation.seconds = time.perf_counter() - start
 
-    if rewrite.sites:
+    if rewrite.sites or rewrite.experts:
         try:
             compiled = _inductor(gm, example_inputs)
         except (RestartAnalysis, TensorifyScalarRestartAnalysis, SkipFrame):
@@ -147,7 +148,7 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     if compiled is None:
         compiled = _inductor(gm, example_inputs)
     _record(compilation, debug)
-    return _with_fresh_weights(compiled, rewrite.sites)
+    return _with_fresh_weights(compiled, rewrite.sites, rewrite.experts)
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -157,9 +158,12 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     return compiled
 
 
-def _with_fresh_weights(compiled: Compiled, sites: list[Rewritten]) -> Compiled:
-    """Let every site look at its weight before each call: it may have changed, or be another module's."""
-    if not sites:
+def _with_fresh_weights(compiled: Compiled, sites: list[Rewritten], experts: list[ReadyExperts]) -> Compiled:
+    """Let every site look at its weight before each call: it may have changed, or be another module's.
+
+    Experts look themselves, at those that a call picks.
+    """
+    if not sites and not experts:
         return compiled
     single = [(site, runtime.refresh) for site, runtime in sites if not isinstance(site, FfnSite)]
     inputs = tuple((site.weight_index, refresh) for site, refresh in single if site.weight_index >= 0)
@@ -180,7 +184,7 @@ def _with_fresh_weights(compiled: Compiled, sites: list[Rewritten]) -> Compiled:
         return compiled(*args)
 
     # The op finds its sites in a weak table: they live as long as the code that calls them.
-    call.sites = tuple(runtime for _, runtime in sites)  # type: ignore[attr-defined]
+    call.sites = (*(runtime for _, runtime in sites), *(ready.runtime for ready in experts))  # type: ignore[attr-defined]
     return call
 
 
@@ -189,10 +193,12 @@ class _Rewrite:
 
     Attributes:
         sites: what was rewritten.
+        experts: the experts that were.
     """
 
     def __init__(self, gm: fx.GraphModule, compilation: Compilation, debug: DebugFolder) -> None:
         self.sites: list[Rewritten] = []
+        self.experts: list[ReadyExperts] = []
         self._gm, self._compilation, self._debug = gm, compilation, debug
         self._original: fx.Graph | None = None
 
@@ -204,10 +210,16 @@ class _Rewrite:
         """Pack the weights of the sites that won and put the sparse op in their places."""
         compilation = self._compilation
         compilation.reasons += analysis.reasons
+        inside = in_experts(analysis)
+        self.experts = rewrite_experts(
+            self._gm, analysis, target, options.verify, lambda planned: _runtime_site(planned, options, target)
+        )
         compilation.plan.add(analysis.choices)
         sites: list[Rewritten] = []
-        skipping = {id(planned.site) for skip in analysis.skips for planned in skip.linears}
+        skipping = inside | {id(planned.site) for skip in analysis.skips for planned in skip.linears}
         for skip in analysis.skips:
+            if id(skip.linears[0].site) in inside:
+                continue
             ready, reason = runtime_skip(skip, target, options.verify)
             if ready is not None:
                 sites.append((skip.site, ready))
@@ -223,7 +235,11 @@ class _Rewrite:
                 else:
                     compilation.plan.add([_left_dense(planned.choice, reason)])
         linears = [linear for site, _ in sites for linear in _parts(site)]
-        self._guard_dense(analysis, {site.name for site in linears})
+        own = [planned for ready in self.experts for planned in ready.linears]
+        self._guard_dense(analysis, {site.name for site in linears} | {planned.site.name for planned in own})
+        compilation.rewritten += [planned.site.name for planned in own if not planned.choice.chosen.is_dense]
+        compilation.packed_bytes += sum(ready.runtime.nbytes for ready in self.experts)
+        compilation.dense_bytes += sum(p.site.weight.numel() * p.site.weight.element_size() for p in own)
         settle(self._gm, analysis.expansions, {site.composite for site in linears if site.composite}, linears)
         if not sites:
             return
@@ -255,7 +271,7 @@ class _Rewrite:
         compilation.reasons.append(reason)
         compilation.plan.add(_left_dense(choice, reason) for choice in compilation.plan if not choice.chosen.is_dense)
         compilation.rewritten, compilation.packed_bytes, compilation.dense_bytes = [], 0, 0
-        self.sites = []
+        self.sites, self.experts = [], []
         if self._original is not None:
             self._gm.graph = self._original
             self._gm.recompile()

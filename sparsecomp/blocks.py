@@ -112,7 +112,7 @@ class MoeBlock:
         experts: How many there are.
         picked: How many a token uses, 0 when it is not known.
         sites: Names of the linear sites inside, those of shared experts too; none where experts are one product.
-        stacked: Names of the weights that hold all experts, `[experts, O, I]`: they stay dense.
+        stacked: Names of weights that hold all experts, `[experts, O, I]`: they stay dense, see `split_experts_`.
     """
 
     name: str
@@ -130,5 +130,5 @@ class MoeBlock:
         # Such a product gathers the weights of the picked experts, or sorts the tokens by expert.
         return (
             f"{text}; {', '.join(self.stacked)} stay dense: each holds all experts in one weight, and which of them is "
-            "multiplied with which tokens is known only at run time"
+            "multiplied with which tokens is known only at run time; sparsecomp.split_experts_(model) makes them sites"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecomp.checkpoints import read_weights
+from sparsecomp.experts import split_experts_
 
 _CHARACTERS = 16
 """Read for every token wanted: a few times what tokens are long, so that a text of any length costs little."""
@@ -17,7 +18,8 @@ _CHARACTERS = 16
 def load_model(folder: Path) -> nn.Module:
     """The model of a folder, of the class that its configuration names, in evaluation mode.
 
-    Sparse checkpoints of compressed-tensors are read too. No code of the folder is run.
+    Experts in one weight are taken apart. Sparse checkpoints of compressed-tensors are read too. No code of the folder
+    is run.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no config.json.
@@ -39,6 +41,7 @@ def load_model(folder: Path) -> nn.Module:
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"transformers cannot read {folder}: {error}") from error
     result: nn.Module = model.eval()
+    split_experts_(result)
     return result
 
 

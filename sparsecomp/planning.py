@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsecomp.blocks import UNNAMED
 from sparsecomp.dryrun import explain
+from sparsecomp.experts import warn_of_whole_experts
 from sparsecomp.log import log
 from sparsecomp.options import Options
 from sparsecomp.patterns import Pattern
@@ -133,6 +134,7 @@ def plan(
     forms = parse_forms(skips)
     rule = criterion_named(criterion)
     model = getattr(model, "_orig_mod", model)  # below torch.compile
+    warn_of_whole_experts(model)
     sites = choose_sites(model, filter_fn)
     wanted = as_patterns(patterns, sites)
     batches = as_calls(calibration)

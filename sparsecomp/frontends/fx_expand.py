@@ -1,15 +1,19 @@
-"""Take PyTorch's attention composites apart, so that the linears inside become visible, and put back those not needed.
+"""Take composites apart, so that the linears inside become visible, and put back those not needed.
 
 Under `torch.no_grad` an `nn.TransformerEncoderLayer` is one call, `torch._transformer_encoder_layer_fwd`; otherwise
 its attention is one call, `F.multi_head_attention_forward`. `expand` writes the same computation beside such a call in
 terms of `F.linear` and `F.scaled_dot_product_attention` and lets the users read that; `settle` decides. A composite
 whose sites all stay dense is restored, so a dense model compiles exactly as it would have.
+
+The experts of a mixture are one call, `sparsecomp::experts`, since which rows an expert gets is known only at run time.
+What `expand` writes beside it only shows the linears of every expert to the passes: nothing reads it, and `settle`
+takes it out again.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
@@ -30,7 +34,7 @@ class Expansion:
     Attributes:
         name: Name of the composite node, which stays in the graph without users until `settle`.
         old: The node whose users now read `new`: the composite, or the selection of its first result.
-        new: The value computed by the expanded operations.
+        new: The value computed by the expanded operations; `old` where they are only shown.
         nodes: The expanded operations, in graph order.
     """
 
@@ -52,6 +56,9 @@ def expand(gm: fx.GraphModule) -> list[Expansion]:
     """
     expansions = []
     for node in list(gm.graph.nodes):
+        if is_experts(node):
+            expansions.append(_experts(gm.graph, node))
+            continue
         write = _FORMS.get(function_name(node) or "") if node.op == "call_function" else None
         if write is None or not _is_plain(node):
             continue
@@ -90,8 +97,9 @@ def settle(
                 gm.graph.erase_node(expansion.old)
             gm.graph.erase_node(composite)
         else:
-            renamed[expansion.new.name] = expansion.old.name
-            expansion.new.replace_all_uses_with(expansion.old)
+            if expansion.new is not expansion.old:
+                renamed[expansion.new.name] = expansion.old.name
+                expansion.new.replace_all_uses_with(expansion.old)
             for node in reversed(expansion.nodes):
                 gm.graph.erase_node(node)
     for site in sites:
@@ -101,6 +109,45 @@ def settle(
     if expansions:
         gm.graph.lint()
         gm.recompile()
+
+
+def is_experts(node: fx.Node) -> bool:
+    """Whether a node is the op of the experts of a mixture."""
+    return node.op == "call_function" and str(node.target) == "sparsecomp.experts.default"
+
+
+def _experts(graph: fx.Graph, node: fx.Node) -> Expansion:
+    """The linears of every expert, on as many rows as an expert gets on average."""
+    x, index, _, first, down, gated, activation, _ = node.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(index, fx.Node)
+    assert isinstance(first, Sequence)
+    assert isinstance(down, Sequence)
+    write = _Writer(graph, node)
+    tokens, picked = index.meta["example_value"].shape
+    rows = x
+    if isinstance(tokens, int) and (share := -(-tokens * picked // len(first))) < tokens:
+        rows = write(torch.narrow, x, 0, 0, share)
+    for one, other in zip(first, down, strict=True):
+        hidden = write(F.linear, rows, one)
+        if gated:
+            parts = write(torch.chunk, hidden, 2, -1)
+            gate, up = (write(getitem, parts, place) for place in range(2))
+            hidden = write(torch.mul, _activated(write, str(activation), gate), up)
+        else:
+            hidden = _activated(write, str(activation), hidden)
+        write(F.linear, hidden, other)
+    return Expansion(node.name, node, node, write.nodes)
+
+
+def _activated(write: _Writer, activation: str, value: fx.Node) -> fx.Node:
+    if activation == "none":
+        return value
+    if activation == "gelu_tanh":
+        return write(F.gelu, value, approximate="tanh")
+    if activation == "relu2":
+        return write(torch.square, write(F.relu, value))
+    return write(getattr(F, activation), value)
 
 
 class _Writer:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from sparsecomp.experts import experts_apart
 from sparsecomp.log import log
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.plan import Plan
@@ -50,7 +51,8 @@ def sparsify_(
     the parameters stay; their version counters advance, so a compiled model notices.
 
     Args:
-        model: any module; its `nn.Linear` modules are pruned (the model itself, if it is one).
+        model: any module; its `nn.Linear` modules are pruned (the model itself, if it is one), and the experts of
+            mixtures that transformers keeps in one weight, as the linears that `split_experts_` would make of them.
         pattern: what to prune to, such as `"unstructured@0.8"`, `"2:4"`, `"32:2:4"`, `"16x1@0.5"` or `"16:taps:4:9"`;
             `"dense"` drops nothing. A plan prunes every site to the pattern that it has for it.
         criterion: `"magnitude"`, `"wanda"`, `"ria"` or `"sparsegpt"`; all but the first need calibration.
@@ -81,25 +83,26 @@ def sparsify_(
     reasons = [name for name, wanted in wants.items() if wanted]
     if reasons and calibration is None:
         raise ValueError(f"{reasons[0]} needs calibration: give batches of model inputs as calibration=[...]")
-    sites = choose_sites(model, filter_fn)
-    patterns = _patterns(pattern, sites)
-    sites = [site for site in sites if id(site.weight) in patterns]
-    calls = [] if calibration is None else as_calls(calibration)
-    if not sites:
-        return []
-    job = _Job(model, patterns, rule, refine, settings)
-    try:
-        with torch.no_grad():
-            norms = FollowingNorms(model, calls) if calls else None
-            job.run(sites, calls, progress)
-            if norms is not None:
-                for norm in batchnorms(model).values():
-                    job.undo.keep(*norm.buffers())
-                norms.move(but=job.settled)
-    except BaseException:
-        job.undo.restore()
-        raise
-    return [site.name for site in sites]
+    with experts_apart(model):
+        sites = choose_sites(model, filter_fn)
+        patterns = _patterns(pattern, sites)
+        sites = [site for site in sites if id(site.weight) in patterns]
+        calls = [] if calibration is None else as_calls(calibration)
+        if not sites:
+            return []
+        job = _Job(model, patterns, rule, refine, settings)
+        try:
+            with torch.no_grad():
+                norms = FollowingNorms(model, calls) if calls else None
+                job.run(sites, calls, progress)
+                if norms is not None:
+                    for norm in batchnorms(model).values():
+                        job.undo.keep(*norm.buffers())
+                    norms.move(but=job.settled)
+        except BaseException:
+            job.undo.restore()
+            raise
+        return [site.name for site in sites]
 
 
 def _patterns(pattern: str | Pattern | Plan, sites: Sequence[Site]) -> dict[int, Pattern]:

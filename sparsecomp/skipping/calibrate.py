@@ -10,6 +10,7 @@ from rich.progress import Progress
 from torch import nn
 
 from sparsecomp.blocks import UNNAMED
+from sparsecomp.experts import warn_of_whole_experts
 from sparsecomp.log import log
 from sparsecomp.planner.knapsack import Item, solve
 from sparsecomp.planner.plan import Plan
@@ -68,6 +69,7 @@ def calibrate_skips(
     """
     calls = as_calls(calibration)
     model = getattr(model, "_orig_mod", model)  # below torch.compile
+    warn_of_whole_experts(model)
     if isinstance(form, Plan):
         with calibrating(model):
             return calibrate_forms(model, calls, form.skips())
