@@ -38,6 +38,13 @@ def cross_compiler() -> list[str]:
     return [found, "-static"] if found else _missing("a cross compiler for AArch64", "pip install 'sparsecomp[arm]'")
 
 
+def threaded_compiler() -> list[str]:
+    """The command of GCC for AArch64 Linux, which has OpenMP: `cross_compiler` may be one that has none."""
+    found = shutil.which("aarch64-linux-gnu-gcc")
+    remedy = "apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
+    return [found, "-static", "-fopenmp"] if found else _missing("aarch64-linux-gnu-gcc", remedy)
+
+
 def emulator() -> str:
     """The path of QEMU's user-mode emulator."""
     found = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import onnx_cases as cases
 import onnxruntime
 import pytest
 import torch
+from onnx import helper
 from torch import nn
 
 import sparsecomp
@@ -91,6 +94,37 @@ def test_efficientnet_lite0(tmp_path: Path) -> None:
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     model = onnx_of(network, (x,))
     assert "conv" in kernels(check(model, {model.graph.input[0].name: x.numpy()}, tmp_path))
+
+
+def test_threads_of_openmp(tmp_path: Path) -> None:
+    emulator, compiler = arm_tools.emulator(), arm_tools.threaded_compiler()
+    constants = {
+        "w1": cases.sparse_array(16, 3, 3, 3, density=0.5),
+        "w2": cases.sparse_array(24, 16, 1, 1, density=0.3, seed=1),
+        "w3": cases.sparse_array(64, 40, density=0.2, seed=2),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "w2"], ["c"]),
+        helper.make_node("Reshape", ["c", "sizes"], ["d"]),
+        helper.make_node("MatMul", ["d", "w3"], ["y"]),
+    ]
+    model = cases.model_of(nodes, {"x": [1, 3, 32, 32]}, constants | {"sizes": np.array([96, 64])}, outputs={"y": 2})
+    x = np.random.default_rng(0).standard_normal((1, 3, 32, 32), np.float32)
+    expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    report = sparsecomp.export(model, output=tmp_path, shapes={"x": x.shape}, threads=3)
+    assert kernels(report) >= {"conv", "rows"}
+    program = arm_tools.build(tmp_path, compiler)
+    cases.close(arm_tools.run(program, [x], expected, emulator)[0], expected[0], TOLERANCE)
+    traced = subprocess.run(
+        [emulator, "-strace", program, tmp_path / "weights.bin", tmp_path / "input.bin"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert len(re.findall(r"^\d+ clone", traced.stderr, re.MULTILINE)) == 2  # the first thread was there
 
 
 def instructions(pattern: str, folder: Path) -> int:

@@ -205,15 +205,12 @@ class EmulatedLaunch:
     def _build(self, source: KernelSource) -> None:
         self._folder.mkdir()
         (self._folder / "kernel.o").write_bytes(tir.compile_object(source.build(), source.name, dict(source.target))[0])
-        # There is no OpenMP for the cross compiler: one thread takes all items.
-        serial = (
-            "static int omp_get_num_threads(void) { return 1; }\nstatic int omp_get_thread_num(void) { return 0; }\n"
-        )
-        (self._folder / "omp.h").write_text(serial)
-        own = Path(__file__).with_name("launch.c")
-        command = [*arm_tools.cross_compiler(), "-O2", "-I.", f"-DKERNEL={source.name}", "kernel.o", str(own)]
-        for extra in ([str(launch._NATIVE), "-lm", "-o", "launch"], ["-shared", "-o", "kernel.so"]):
-            subprocess.run([*command, *extra], cwd=self._folder, check=True, timeout=300)
+        sources = [f"-DKERNEL={source.name}", "kernel.o", str(Path(__file__).with_name("launch.c"))]
+        command = [*arm_tools.threaded_compiler(), "-O2", *sources, str(launch._NATIVE), "-lm", "-o", "launch"]
+        subprocess.run(command, cwd=self._folder, check=True, timeout=300)
+        # The launcher of PyTorch loads kernels as shared objects.
+        shared = [*arm_tools.cross_compiler(), "-shared", *sources, "-o", "kernel.so"]
+        subprocess.run(shared, cwd=self._folder, check=True, timeout=300)
 
     def run(self, x: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor) -> None:
         EmulatedLaunch.runs += 1
@@ -231,9 +228,10 @@ class EmulatedLaunch:
 
 
 @pytest.mark.arm
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("here", "threads")
 def test_models_compile_to_code_for_aarch64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arm_tools.emulator()
+    torch.set_num_threads(2)
     monkeypatch.setattr(EmulatedLaunch, "folder", tmp_path, raising=False)
     monkeypatch.setattr(EmulatedLaunch, "runs", 0)
     monkeypatch.setattr(machine, "function_of", lambda source: source)
