@@ -64,10 +64,11 @@ def rewrite_experts(
         for skip in analysis.skips:
             if isinstance(skip.site, LinearSite) and skip.site.composite == node.name:
                 _leave(skip.linears, f"experts skip as whole blocks, and {skip.form} is for this linear")
+        if all(item.choice.chosen.is_dense for item in inside):
+            continue
         whole = len(ffns) == len(node.args[3]) and all(ffn.declined is None for ffn in ffns)
         if not whole or any(item.chooser is None for item in inside):
-            continue
-        if all(item.choice.chosen.is_dense for item in inside):
+            _leave(inside, "one of the experts beside it cannot be rewritten")
             continue
         experts: list[Expert] = []
         for ffn in ffns:

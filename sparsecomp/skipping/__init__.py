@@ -6,5 +6,6 @@ from sparsecomp.planner.skips import SkipForm
 from sparsecomp.skipping.calibrate import calibrate_skips
 from sparsecomp.skipping.emulate import SkipRates, emulate
 from sparsecomp.skipping.forms import SkipChoice, SkipPlan
+from sparsecomp.skipping.generate import compiled_forward
 
-__all__ = ["SkipChoice", "SkipForm", "SkipPlan", "SkipRates", "calibrate_skips", "emulate"]
+__all__ = ["SkipChoice", "SkipForm", "SkipPlan", "SkipRates", "calibrate_skips", "compiled_forward", "emulate"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,8 +58,8 @@ def time_generation(
 ) -> list[Generation]:
     """Let candidates write in turn, greedily, and measure their rates of decoding.
 
-    Each is compiled by its first run, once for the prompt and once for a single token (with a dynamic cache the second
-    compilation is for any length). A round runs every candidate once; the order rotates.
+    Each is compiled by its first run, once for the prompt and once for a single token. A round runs every candidate
+    once; the order rotates.
 
     Args:
         candidates: by name; speed-ups are over the first.
@@ -95,12 +96,52 @@ def time_generation(
     ]
 
 
+def compiled_forward(
+    model: nn.Module, backend: str | Callable[..., Any] = "sparse", options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile the forward of a model for `generate`: one graph for the prompt, and one for a token behind it.
+
+    Use it as `model.forward = compiled_forward(model, options={"skip": skips})`. The result is that of `torch.compile`,
+    but for a dynamic cache of keys and values. By itself that gives a graph more: Dynamo takes sizes for constants
+    until it has seen them change, and the first cache may be laid out in another way than those that grow from it.
+
+    Args:
+        model: a causal language model of transformers.
+        backend: of `torch.compile`.
+        options: of the backend.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    given: Any = model.forward
+    compile_forward: Any = torch.compile
+    # Models of one class share their code: each needs compilations of its own.
+    compiled = compile_forward(
+        given, backend=backend, options=None if options is None else dict(options), isolate_recompiles=True
+    )
+
+    @functools.wraps(given)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values())
+        layers = [layer for value in values for layer in getattr(value, "layers", None) or ()]
+        grown = [layer for layer in layers if isinstance(layer, DynamicLayer) and layer.is_initialized]
+        for layer in grown:
+            layer.keys, layer.values = (_of_any_length(entry.contiguous(), 2) for entry in (layer.keys, layer.values))
+        for value in values if grown else ():
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] > 1:
+                _of_any_length(value, 1)  # the mask grows with the cache
+        return compiled(*args, **kwargs)
+
+    return forward
+
+
+def _of_any_length(value: Tensor, dim: int) -> Tensor:
+    torch._dynamo.maybe_mark_dynamic(value, dim)
+    return value
+
+
 def _runner(candidate: Candidate, prompt: Tensor, new_tokens: int, cache: str) -> Callable[[], tuple[Tensor, float]]:
     model: Any = candidate.model
-    compile_forward: Any = torch.compile
-    options = None if candidate.options is None else dict(candidate.options)
-    # Candidates are of one class: each needs compilations of its own.
-    forward = compile_forward(model.forward, backend=candidate.backend, options=options, isolate_recompiles=True)
+    forward = compiled_forward(model, candidate.backend, candidate.options)
 
     def run() -> tuple[Tensor, float]:
         clock = _Clock()

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from sparsecomp.cli import app
 from sparsecomp.planner import Plan, SiteChoice
 from sparsecomp.skipping import SkipForm, SkipPlan, calibrate_skips, emulate
-from sparsecomp.skipping.generate import Candidate, perplexity, time_generation
+from sparsecomp.skipping.generate import Candidate, compiled_forward, perplexity, time_generation
 from sparsecomp.targets.base import DENSE
 
 
-def _written(model: Any, prompt: Tensor, count: int) -> Tensor:
+def _written(model: Any, prompt: Tensor, count: int, cache: str = "dynamic") -> Tensor:
     with torch.inference_mode():
         ids = model.generate(
             prompt,
@@ -27,6 +27,7 @@ def _written(model: Any, prompt: Tensor, count: int) -> Tensor:
             min_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
+            **({"cache_implementation": "static"} if cache == "static" else {}),
         )
     return ids[:, prompt.shape[1] :]
 
@@ -43,6 +44,24 @@ def test_candidates_write_what_the_model_writes(cache: str) -> None:
     assert rows[0].tokens.equal(_written(model, prompt, 5))
     assert rows[1].tokens.equal(_written(other, prompt, 5))
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_one_graph_for_the_prompt_and_one_for_a_token(cache: str) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(gm: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    model = tiny.llama(2)
+    prompts = tiny.texts(3, tokens=7)
+    want = [_written(model, prompt, 6) for prompt in prompts]
+    model.forward = compiled_forward(model, backend)
+    for prompt, expected in zip(prompts, want, strict=True):
+        assert _written(model, prompt, 6, cache).equal(expected)
+        assert len(graphs) == 2
 
 
 def test_bad_arguments() -> None:
