@@ -67,13 +67,38 @@ def test_windows_add_up_to_the_share(text: str) -> None:
 
 
 def test_windows_do_not_matter_to_the_update() -> None:
-    # The lazy update behind a window is the same sum: with float64 and a given mask, columns may be cut anywhere.
+    # The lazy update behind a window is the same sum: with float64 and a given mask, columns may be cut anywhere. These
+    # patterns have one whole slice of columns, so that their order stays.
     rows, weight = correlated(500, 300).double(), torch.randn(3, 300).double()
     mask = torch.rand(3, 300) < 0.5
     statistics = Statistics.of(rows, gram=True)
-    _, wide = sparsegpt(weight, Pattern.parse("unstructured@0.5"), statistics, mask)
+    _, wide = sparsegpt(weight, Pattern.parse("125:250"), statistics, mask)
     _, narrow = sparsegpt(weight, Pattern.parse("100:200"), statistics, mask)
     torch.testing.assert_close(wide, narrow)
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(["2:4", "4:2:4", "unstructured@0.6", "4x2@0.5"]), st.integers(0, 100))
+def test_where_columns_stand_does_not_matter(text: str, seed: int) -> None:
+    # Slices that are chosen together are ordered by their costs, so that other places of them change nothing.
+    pattern, step = Pattern.parse(text), {"2:4": 4, "4:2:4": 4, "unstructured@0.6": 16, "4x2@0.5": 128}[text]
+    rows, generator = correlated(600, 3 * step, seed).double(), torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 3 * step, generator=generator).double()
+    places = torch.arange(3 * step).reshape(3, step)[torch.randperm(3, generator=generator)].flatten()
+    mask, updated = sparsegpt(weight, pattern, Statistics.of(rows, gram=True))
+    moved, again = sparsegpt(weight[:, places], pattern, Statistics.of(rows[:, places], gram=True))
+    assert torch.equal(moved, mask[:, places])
+    torch.testing.assert_close(again, updated[:, places])
+
+
+def test_what_costs_most_is_pruned_first() -> None:
+    # The last columns matter most: pruned first, they leave others to make up for them.
+    rows = correlated(500, 64) * torch.linspace(0.2, 3, 64)
+    weight, statistics = torch.randn(16, 64), Statistics.of(rows, gram=True)
+    mask, updated = sparsegpt(weight, Pattern.parse("2:4"), statistics)
+    # One slice of columns, whose order stays.
+    _, in_place = sparsegpt(weight, Pattern.parse("32:64"), statistics, mask)
+    assert error(rows, weight, updated) < error(rows, weight, in_place)
 
 
 def test_singular_inputs_are_damped() -> None:
