@@ -30,8 +30,11 @@ def export(
     exclude: Exclude = None,
     threads: Annotated[int, typer.Option(min=1, help="Most that a call uses, where OpenMP is on.")] = 1,
     dtype: Annotated[
-        str, typer.Option(help="float16: sparse linears may compute in half precision, on CPUs that can.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            help="float16: linears may compute in half precision, on CPUs that can; float32. The model's by default."
+        ),
+    ] = None,
     ram: Annotated[str | None, typer.Option(help="What the board has for the model, such as 512K or 4M.")] = None,
     flash: Annotated[str | None, typer.Option(help="The same for weights and kernels.")] = None,
     part: Annotated[str, typer.Option(help="hls: the device, such as xc7z020.")] = "xczu7ev",
@@ -56,7 +59,7 @@ def export(
             name: [int(part) if part.isdecimal() else part for part in parts] for name, parts in parts_of(shape).items()
         }
         if target == "hls":
-            if sizes or plan or exclude or threads != 1 or dtype != "float32" or ram or flash:
+            if sizes or plan or exclude or threads != 1 or dtype or ram or flash:
                 raise ValueError(
                     "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --vectors, --rtl"
                 )

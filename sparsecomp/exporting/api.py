@@ -18,6 +18,7 @@ from sparsecomp.exporting.emit import Sizes, labelled, package
 from sparsecomp.exporting.lowering import lower
 from sparsecomp.exporting.ranges import dynamic_shapes, parse_shapes
 from sparsecomp.exporting.sites import FoundSite, dense_up_to, find_sites, output_shape, pack_sites, replace_sites
+from sparsecomp.frontends.onnx_half import widen
 from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_shapes import infer
 from sparsecomp.kernels import tir
@@ -52,7 +53,7 @@ def export(
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     options: Options | Mapping[str, Any] | None = None,
     threads: int = 1,
-    dtype: str = "float32",
+    dtype: str | None = None,
     ram: int | str | None = None,
     flash: int | str | None = None,
 ) -> Report:
@@ -71,9 +72,10 @@ def export(
             parameters of `forward`.
         options: `plan`, `patterns` and `exclude` as for `torch.compile`.
         threads: most that a call uses, where the package is built with OpenMP.
-        dtype: `float16` lets sparse linears compute in half precision where that is predicted to be faster, on CPUs
-            that can: weights, activations and the sums over a block of columns (at most some hundred) are float16, and
-            what follows float32. Inputs and outputs stay what they are.
+        dtype: `float16` lets linears compute in half precision where that is predicted to be faster, on CPUs that can:
+            weights, activations and the sums over a block of columns (at most some hundred) are float16, and what
+            follows float32. None: that of the model. What of a float16 model does not compute in half precision does in
+            float32. Inputs and outputs stay what they are.
         ram: bytes that the package may take at run time, also as "512K" or "4M".
         flash: bytes that weights and kernels may take.
 
@@ -91,7 +93,7 @@ def export(
     if not 1 <= threads <= _MOST_THREADS:
         raise ValueError(f"threads must be 1 to {_MOST_THREADS}, given {threads}")
     limits = _bytes("ram", ram), _bytes("flash", flash)
-    if dtype not in _DTYPES:
+    if dtype not in (None, *_DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(_DTYPES)}")
     if dtype == "float16" and target == "host":
         raise ValueError("float16 is computed by ARM CPUs: export for the target arm, or leave the dtype float32")
@@ -99,6 +101,9 @@ def export(
     level = arm.cpu.level if target == "arm" else host_level()
     parsed = Options.parse(options)
     loaded, title = _load(model, inputs, shapes or {})
+    widened = widen(loaded)
+    if widened and dtype is None and target == "arm" and arm.cpu.half:
+        arm = ArmTarget(arm.cpu, half=True)
     largest, ranges = parse_shapes(loaded, shapes or {})
     sizes = infer(loaded, largest).inputs
     found = find_sites(loaded, sizes, arm, parsed, threads)
@@ -122,6 +127,9 @@ def export(
     for item, site in zip(ours, sites, strict=True):
         if tokens := dense_up_to(item, site):
             report.notes.append(f"{site.name}: dense where it gets at most {tokens} tokens")
+    if widened:
+        half = "linears in half precision where that is faster, all else in" if arm.half else "in"
+        report.notes.append(f"the model is float16: it computes {half} float32")
     report.notes.append(f"{made.sizes.ram} bytes of RAM, {made.sizes.flash} bytes of weights and kernels")
     return report
 

@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsecomp.exporting.program import ALIGNMENT, Count, Operand, Program, SiteStep, Step, Tensor, product
-from sparsecomp.targets.arm.kernels import Call, SiteCall, sources_of
+from sparsecomp.targets.arm.dot import INT8
+from sparsecomp.targets.arm.kernels import HALF, Call, SiteCall, sources_of
 
 MAGIC = b"SPARSECW"
 _HEADER = 64
+_COARSE = (HALF, INT8)
 _C_TYPES = {"float32": "float", "float64": "double", "bool": "uint8_t", "float16": "uint16_t"}
 
 
@@ -114,7 +116,7 @@ def package(
     interface = sum(tensor.nbytes.most for tensor in (*program.inputs, *program.outputs))
     sizes = Sizes(arena.total + interface, len(content) + kernels)
     files["weights.json"] = _json({"format": "see docs/arm.md", "bytes": len(content), "arrays": weights.entries})
-    files["model.h"] = _header(program, arena, len(content), threads, title, sizes).encode()
+    files["model.h"] = _header(program, sites, arena, len(content), threads, title, sizes).encode()
     files["model.c"] = _source(program, sites, body, number, cpu).encode()
     files["main.c"] = resources.files(__package__).joinpath("main.c").read_bytes()
     files["CMakeLists.txt"] = _cmake(sorted(everything)).encode()
@@ -252,13 +254,23 @@ def _source(program: Program, sites: Sequence[SiteStep], body: list[str], number
         .replace("@SIZE_NAMES@", "".join(f"{_string(size.name)}, " for size in program.sizes))
         .replace("@SIZE_LEAST@", "".join(f"{size.least}, " for size in program.sizes))
         .replace("@SIZE_MOST@", "".join(f"{size.most}, " for size in program.sizes))
-        .replace("@OUTPUT_FLOATS@", ", ".join(str(int(t.dtype == np.float32)) for t in program.outputs))
+        .replace("@OUTPUT_FLOATS@", ", ".join(str(_float_bytes(t)) for t in program.outputs))
         .replace("@PARAMETERS@", _parameters(program))
         .replace("@SIZES@", "".join(f"{name}, " for name in _identifiers(program)[0]))
         .replace("@CAST_INPUTS@", ", ".join(f"(void *)(uintptr_t){name}" for name in _identifiers(program)[1]))
         .replace("@OUTPUTS@", ", ".join(_identifiers(program)[2]))
         .replace("@STEPS@", "\n".join(body))
     )
+
+
+def _float_bytes(tensor: Tensor) -> int:
+    return tensor.dtype.itemsize if tensor.dtype in (np.float32, np.float16) else 0
+
+
+def _tolerance(program: Program, sites: Sequence[SiteStep]) -> float:
+    """Half precision rounds by up to a hundredth of the largest value, and a level of int8 may be the next one."""
+    coarse = any(site.kernel in _COARSE for site in sites) or any(t.dtype == np.float16 for t in program.outputs)
+    return 1e-2 if coarse else 1e-4
 
 
 def _byte_cases(tensors: Sequence[Tensor]) -> str:
@@ -310,7 +322,15 @@ def _string(text: str) -> str:
 # -- the other files --------------------------------------------------------------------------------------------------
 
 
-def _header(program: Program, arena: _Arena, weights: int, threads: int, title: str, sizes: Sizes) -> str:
+def _header(
+    program: Program,
+    sites: Sequence[SiteStep],
+    arena: _Arena,
+    weights: int,
+    threads: int,
+    title: str,
+    sizes: Sizes,
+) -> str:
     names_of_sizes, inputs, outputs = _identifiers(program)
     lines = [
         f" *   {name}: {size.least} to {size.most}, the model's {_comment(size.name)}"
@@ -335,6 +355,7 @@ def _header(program: Program, arena: _Arena, weights: int, threads: int, title: 
         .replace("@SIZE_COUNT@", str(len(program.sizes)))
         .replace("@INPUT_COUNT@", str(len(program.inputs)))
         .replace("@OUTPUT_COUNT@", str(len(program.outputs)))
+        .replace("@TOLERANCE@", f"{_tolerance(program, sites):g}")
         .replace("@PARAMETERS@", _parameters(program))
         .replace("@RAM@", str(sizes.ram))
         .replace("@FLASH@", str(sizes.flash))

@@ -4,7 +4,8 @@
  *
  * WEIGHTS is weights.bin, INPUT the inputs one after the other as they lie in memory. --sizes gives the sizes that change
  * from run to run, in the order of model.h; without it they are the largest. --expect compares the outputs with
- * a file of the same form and ends with status 2 where a float32 output is further off than 1e-4 of its largest value.
+ * a file of the same form and ends with status 2 where an output of floats is further off than MODEL_TOLERANCE of its
+ * largest value, or any other differs.
  * --results writes what each step took at the largest sizes, for `sparsecomp calibrate --from`.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -50,13 +51,23 @@ static unsigned char *read_file(const char *path, size_t bytes) {
   return content;
 }
 
-static double largest_difference(const float *given, const float *expected, size_t count) {
+/* A value of an array of float32 (4 bytes) or float16 (2 bytes). */
+static double value_of(const void *values, size_t i, int bytes) {
+  if (bytes == 4) return ((const float *)values)[i];
+  int half = ((const uint16_t *)values)[i], exponent = half >> 10 & 31, fraction = half & 1023;
+  double value = exponent == 31 ? (fraction ? (double)NAN : HUGE_VAL)
+                 : exponent     ? ldexp(1024 + fraction, exponent - 25)
+                                : ldexp(fraction, -24);
+  return half >> 15 ? -value : value;
+}
+
+static double largest_difference(const void *given, const void *expected, size_t count, int bytes) {
   double most = 0, scale = 0;
   for (size_t i = 0; i < count; i++) {
-    double difference = fabs((double)given[i] - (double)expected[i]);
+    double wanted = value_of(expected, i, bytes), difference = fabs(value_of(given, i, bytes) - wanted);
     if (isnan(difference)) return HUGE_VAL;
     if (difference > most) most = difference;
-    if (fabs((double)expected[i]) > scale) scale = fabs((double)expected[i]);
+    if (fabs(wanted) > scale) scale = fabs(wanted);
   }
   return scale > 0 ? most / scale : most;
 }
@@ -196,11 +207,11 @@ int main(int argc, char **argv) {
       void *own = reserve(bytes);
       memcpy(own, next, bytes);
       next += bytes;
-      double difference = model_output_is_float[i]
-                              ? largest_difference(outputs[i], own, bytes / sizeof(float))
-                              : (double)(memcmp(outputs[i], own, bytes) != 0);
+      int each = model_output_float_bytes[i];
+      double difference = each ? largest_difference(outputs[i], own, bytes / (size_t)each, each)
+                               : (double)(memcmp(outputs[i], own, bytes) != 0);
       printf("output %d: largest difference %.2e of the largest value\n", i, difference);
-      if (!(difference <= 1e-4)) status = 2;
+      if (!(difference <= MODEL_TOLERANCE)) status = 2;
       free(own);
     }
     free(wanted);

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import arm_tools
 import numpy as np
+import onnx
 import onnx_cases as cases
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import sparsecomp
 
@@ -70,3 +73,41 @@ class TestBadInput:
         with pytest.raises(ValueError, match="more than float16 holds"):
             sparsecomp.export(model, output=tmp_path / "out", shapes={"x": [64, 64]}, dtype="float16")
         assert not (tmp_path / "out").exists()
+
+
+def half_model(tokens: int) -> onnx.ModelProto:
+    """A linear with its activation in float16."""
+    weight, bias = cases.sparse_array(64, 96, density=0.3), cases.sparse_array(96, density=1, seed=1)
+    constants = {"w": weight.astype(np.float16), "b": bias.astype(np.float16)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["a"]),
+        helper.make_node("Relu", ["a"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "half",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, [tokens, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, [tokens, 96])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.arm
+@pytest.mark.parametrize(("cpu_name", "kernel"), [("cortex-a76", "rows_half"), ("cortex-a72", "rows")])
+def test_models_in_float16(cpu_name: str, kernel: str, tmp_path: Path) -> None:
+    model, x = half_model(40), np.random.default_rng(2).standard_normal((40, 64)).astype(np.float16)
+    report = sparsecomp.export(model, output=tmp_path, cpu_name=cpu_name)
+    assert [choice.chosen.kernel for choice in report.plan] == [kernel]
+    assert any("the model is float16" in note for note in report.notes)
+    assert "const uint16_t *in_x, uint16_t *out_y" in (tmp_path / "model.h").read_text()
+    expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    program = arm_tools.build(tmp_path, arm_tools.cross_compiler())
+    found = arm_tools.run(program, [x], expected, arm_tools.emulator())[0]
+    assert np.abs(found - expected[0]).max() <= 1e-2 * np.abs(expected[0]).max()
+    # The package compares them as numbers: values that rounding moved are no error, others are.
+    for shift, status in ((0, 0), (0.02, 2)):
+        (tmp_path / "expected.bin").write_bytes((expected[0] * np.float16(1 + shift)).tobytes())
+        command = [arm_tools.emulator(), program, "weights.bin", "input.bin", "--expect", "expected.bin"]
+        assert subprocess.run(command, cwd=tmp_path, check=False, timeout=60).returncode == status
