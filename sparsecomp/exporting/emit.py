@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from sparsecomp.exporting.program import ALIGNMENT, Count, Operand, Program, SiteStep, Step, Tensor, product
 from sparsecomp.targets.arm.dot import INT8
-from sparsecomp.targets.arm.kernels import HALF, Call, SiteCall, sources_of
+from sparsecomp.targets.arm.kernels import CONV_HALF, HALF, Call, SiteCall, sources_of
 
 MAGIC = b"SPARSECW"
 _HEADER = 64
-_COARSE = (HALF, INT8)
+_COARSE = (HALF, CONV_HALF, INT8)
 _C_TYPES = {"float32": "float", "float64": "double", "bool": "uint8_t", "float16": "uint16_t"}
 
 

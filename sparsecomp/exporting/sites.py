@@ -26,7 +26,7 @@ from sparsecomp.options import Options
 from sparsecomp.planner import SiteChoice, decline
 from sparsecomp.targets.arm.cpu import ArmLevel
 from sparsecomp.targets.arm.dot import INT8, Quantised, QuantisedWeight
-from sparsecomp.targets.arm.kernels import Call, LinearWeight, SiteCall, pack_conv
+from sparsecomp.targets.arm.kernels import CONV_HALF, Call, LinearWeight, SiteCall, pack_conv
 from sparsecomp.targets.arm.target import ArmTarget
 from sparsecomp.targets.base import DENSE, Candidate, WeightFacts
 
@@ -164,12 +164,13 @@ def _packed(item: FoundSite, shape: tuple[Count, ...], target: ArmTarget, level:
                 f"{site.name}: a call is cut for each number of images, so that a range may end at {_MOST_IMAGES} of "
                 f"them; given {shape[0].most}"
             )
-        maps_weight = pack_conv(level, target.cpu.caches, weight, site.window)
+        half = chosen.kernel == CONV_HALF
+        maps_weight = pack_conv(level, target.cpu.caches, weight, site.window, half=half)
         for images in range(shape[0].least, shape[0].most + 1):
             maps = replace(site.maps, images=images)
             calls.append((images, maps_weight.call(maps, threads, epilogue)))
         bias = np.concatenate([bias, np.ones_like(bias)])
-        kernel = calls[-1][1].call.source.name.partition("_")[0]
+        kernel = CONV_HALF if half else calls[-1][1].call.source.name.partition("_")[0]
         kernel = "dense_conv" if kernel == "conv" and chosen.is_dense else kernel
     us = next((p.us for p in item.choice.predictions if p.candidate == chosen), 0.0) / target.scale(kernel)
     return SiteStep(site.name, kernel, chosen.pattern, tuple(calls), bias, us)

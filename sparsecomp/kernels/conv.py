@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from sparsecomp.kernels import tir
 from sparsecomp.kernels.conv_geometry import Geometry, check_addressable
 from sparsecomp.kernels.epilogue import Epilogue
-from sparsecomp.kernels.quads import WEIGHTS, Quad, QuadShape
+from sparsecomp.kernels.quads import Quad, QuadShape, weight_types
 from sparsecomp.patterns.quads import QUAD, QuadWeight
 from sparsecomp.window import Maps, Window
 
@@ -79,6 +80,19 @@ class ConvSchedule(QuadShape):
     def mask_row(self) -> int:
         """Floats of a row of masks: a vector may begin at every lane of the tile."""
         return self.tile + _SPARE
+
+
+class HalfConvSchedule(ConvSchedule):
+    """The same with weights, packed input and the sums over a block of columns in float16; it packs whatever it reads.
+
+    As of `HalfShape`, sums over several blocks are float32, and so is what follows them.
+    """
+
+    half: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.direct:
+            raise ValueError("maps are float32: the float16 kernel cannot use them where they lie")
 
 
 def weights(packed: QuadWeight, table: npt.NDArray[np.int32]) -> list[npt.NDArray[np.generic]]:
@@ -165,7 +179,7 @@ class _Tile:
 
 def build(schedule: ConvSchedule, epilogue: Epilogue) -> tir.Expr:
     """The kernel in TIR. Item i is tile `i // parts`; `i % parts` counts groups, and in each splits of its chunks."""
-    builder = tir.KernelBuilder("conv", WEIGHTS)
+    builder = tir.KernelBuilder("conv", weight_types(schedule))
     tile = schedule.tile
     with builder.build() as args:
         d = dict(zip(DIMS, args.sizes(*DIMS), strict=True))
@@ -280,7 +294,13 @@ def _pack_row(
 ) -> None:
     """Copy so many vectors from x to the tile, both given by their first float, through the mask."""
     lanes, x, scratch = schedule.lanes, args["x"], args["scratch"]
+    packed = args.view("scratch", schedule.dtype) if schedule.half else scratch
     source, target, mask = places
+
+    def put(at: tir.Expr | int, value: tir.Expr, width: int) -> None:
+        if schedule.half:
+            value = tir.cast(f"float16x{width}" if width > 1 else "float16", value)
+        tir.store(packed, target + at, value, width)
 
     def masked(value: tir.Expr, at: tir.Expr, width: int) -> tir.Expr:
         if not schedule.masked:
@@ -293,11 +313,11 @@ def _pack_row(
         if isinstance(vectors, int):
             for v in range(vectors):
                 at = v * lanes
-                tir.store(scratch, target + at, masked(tir.load(x, source + at, lanes), at, lanes), lanes)
+                put(at, masked(tir.load(x, source + at, lanes), at, lanes), lanes)
         else:
             with tir.loop(vectors) as v:
                 at = tir.bind(v * lanes)
-                tir.store(scratch, target + at, masked(tir.load(x, source + at, lanes), at, lanes), lanes)
+                put(at, masked(tir.load(x, source + at, lanes), at, lanes), lanes)
 
     if schedule.whole and not schedule.masked:
         copy_vectors()
@@ -308,7 +328,7 @@ def _pack_row(
     # Near both ends of x a vector would read outside of it.
     with tir.when(tir.either(source < 0, stop > d["total"])), tir.loop(stop - source) as lane:
         inside = tir.bind(tir.maximum(tir.minimum(source + lane, d["total"] - 1), 0))
-        tir.store(scratch, target + lane, masked(tir.load(x, inside), lane, 1))
+        put(lane, masked(tir.load(x, inside), lane, 1), 1)
 
 
 def _quad(
@@ -329,13 +349,18 @@ def _quad(
         plane = tir.bind(place.image * d["planes"] + place.group * d["group_planes"] + block * d["block"])
         pitch = tir.bind(tir.cast("int64", d["plane"]))
         work.add(tir.bind(tir.cast("int64", plane) * pitch + tir.cast("int64", place.first)), (args["x"], pitch))
+    elif schedule.half:
+        work.add(tir.const(0, "int64"), (args.view("scratch", "float16"), tir.const(schedule.tile, "int64")))
     else:
         work.add(tir.const(0, "int64"))
     if not schedule.whole:
         work.keep()
         return
-    with tir.when(block < d["blocks"] - 1):
-        work.keep()
+    if schedule.half:
+        work.keep()  # which adds the block to the sums in float32, also after the last one
+    else:
+        with tir.when(block < d["blocks"] - 1):
+            work.keep()
     with tir.when(block == d["blocks"] - 1):
         for member in range(QUAD):
             output = tir.bind(first_row + work.rows[member])
@@ -343,7 +368,11 @@ def _quad(
                 at = tir.bind((place.image * d["outputs"] + output) * d["length"] + place.first)
                 for v in range(schedule.vectors):
                     lane = v * schedule.lanes
-                    _finish(args, epilogue, d, work.total(member, v), output, at + lane, schedule.lanes)
+                    total = work.total(member, v)
+                    if schedule.half:
+                        kept = sums + work.rows[member] * schedule.tile + lane
+                        total = tir.load(args["scratch"], kept, schedule.lanes)
+                    _finish(args, epilogue, d, total, output, at + lane, schedule.lanes)
 
 
 def _finish(

@@ -14,7 +14,7 @@ from sparsecomp.runtime.cache import cache_dir
 from sparsecomp.targets.arm.cpu import cpu
 
 RESULTS = "sparsecomp-arm-results"
-_PACKAGE = ("dense", "rows", "rows_half", "rows_sve", "panel", "int8", "dense_conv", "conv", "depthwise")
+_PACKAGE = ("dense", "rows", "rows_half", "rows_sve", "panel", "int8", "dense_conv", "conv", "conv_half", "depthwise")
 _FAMILIES = {"": _PACKAGE, "torch": (*_PACKAGE, "dense_depthwise")}
 _MOST_STEPS = 100_000
 

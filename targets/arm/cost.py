@@ -20,6 +20,7 @@ from sparsecomp.kernels.dot import STEP
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmCpu
 from sparsecomp.targets.arm.dot import INT8, STEP_BYTES, dot_tile, steps
 from sparsecomp.targets.arm.kernels import (
+    CONV_HALF,
     DENSE_V,
     HALF,
     PANEL_TILES,
@@ -28,7 +29,7 @@ from sparsecomp.targets.arm.kernels import (
     panel_tile,
     row_level,
 )
-from sparsecomp.targets.base import Candidate, Problem, WeightFacts
+from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
 from sparsecomp.targets.cpu import conv_schedules, schedules
 from sparsecomp.targets.cpu.counts import ACTIVATION_COST, shared_loads
 
@@ -156,7 +157,10 @@ def _dot(cpu: ArmCpu, problem: Problem, v: int, window: int) -> Cost:
 
 
 def _conv(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
-    facts, level, window, maps = problem.facts, cpu.level, problem.window, problem.maps
+    facts, window, maps = problem.facts, problem.window, problem.maps
+    half = candidate.kernel == CONV_HALF
+    kernel = HALF if half else "rows"
+    level = row_level(cpu.level, kernel)
     if window is None or maps is None:
         raise ValueError("a convolution is priced for a window and maps, and the problem has none")
     shape = (facts.out_features, facts.in_features)
@@ -167,16 +171,18 @@ def _conv(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
     call = conv_schedules.call(level, geometry, maps.images, rows, packed_for, problem.threads, cpu.caches)
     blocks = math.ceil(shape[1] / block)
     passes = call.tiles * call.share(problem.threads)
-    if candidate.is_dense:
+    if candidate.pattern == DENSE.pattern:
         entries = shape[0] * shape[1]
         facts = WeightFacts(*shape, entries, {**facts.panels, 2: entries // 2}, ())
     quads = math.ceil(rows[0] / 4) * window.groups * blocks
-    packed = 0 if call.direct else call.splits * window.groups * shape[1] * call.vectors
-    cycles = _entries(cpu, facts, call.vectors) + quads * (_QUAD + 4 * call.vectors * _SUM)
-    cycles += packed * (_MASKED if geometry.masked else _PACKED) + shape[0] * call.vectors * LANES * _STORED
+    units = 2 if half else 1  # vectors of float32 that one of float16 is made of, and becomes
+    packed = 0 if call.direct and not half else call.splits * window.groups * shape[1] * call.vectors * units
+    sums = 4 * call.vectors * _SUM * (4 if half else 1)
+    cycles = _entries(cpu, facts, call.vectors, kernel) + quads * (_QUAD + sums)
+    cycles += packed * (_MASKED if geometry.masked else _PACKED) + shape[0] * call.vectors * level.lanes * _STORED
     planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)
     opened = planes * geometry.rows * geometry.pitch * _OPENED / problem.threads if geometry.opened else 0.0
-    return Cost(passes * cycles + opened, _memory(cpu, 6 * facts.nonzeros, passes))
+    return Cost(passes * cycles + opened, _memory(cpu, (4 if half else 6) * facts.nonzeros, passes))
 
 
 def _depthwise(cpu: ArmCpu, problem: Problem) -> Cost:

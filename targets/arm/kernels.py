@@ -34,6 +34,8 @@ DENSE_V = 16
 """Rows of a panel of a dense weight."""
 HALF = "rows_half"
 """The row kernel with weights, activations and the sums over a block of columns in float16."""
+CONV_HALF = "conv_half"
+"""The convolution kernel with weights, packed input and the sums over a block of columns in float16."""
 SVE = "rows_sve"
 """The row kernel in SVE of 256 bits: LLVM takes vectors of eight lanes as such where it is told the length."""
 ROW_KERNELS = ("rows", HALF, SVE)
@@ -137,10 +139,7 @@ class LinearWeight:
             quads = QuadWeight.pack(weight, **packing)
             values, *others = rows.weights(quads)
             if kernel == HALF:
-                largest = float(np.abs(values).max(initial=0))
-                if not largest <= float(np.finfo(np.float16).max):
-                    raise ValueError(f"a weight of {largest:g} is more than float16 holds; leave the dtype float32")
-                values = values.astype(np.float16)
+                values = _narrowed(values)
             sizes = {"block": quads.block, "blocks": quads.blocks, "chunk": quads.chunk}
             return cls(level, shape, sizes, (values, *others), kernel)
         if kernel not in ("dense", "panel"):
@@ -182,6 +181,13 @@ class LinearWeight:
         return SiteCall(Call(source, self.arrays, dims, cut.items, scratch, shape.tile))
 
 
+def _narrowed(values: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    largest = float(np.abs(values).max(initial=0))
+    if not largest <= float(np.finfo(np.float16).max):
+        raise ValueError(f"a weight of {largest:g} is more than float16 holds; leave the dtype float32")
+    return values.astype(np.float16)
+
+
 @dataclass(frozen=True)
 class ConvWeight:
     """A weight `[O, I / groups, *kernel]` of a convolution, packed; zeros are left out.
@@ -193,6 +199,7 @@ class ConvWeight:
         channels: I / groups.
         sizes: see `conv.weight_sizes`.
         arrays: as the kernel takes them.
+        half: whether the kernel is `conv_half`.
     """
 
     level: ArmLevel
@@ -201,16 +208,23 @@ class ConvWeight:
     channels: int
     sizes: dict[str, int]
     arrays: Arrays
+    half: bool = False
 
     @classmethod
-    def pack(cls, level: ArmLevel, caches: Caches, weight: Tensor, window: Window) -> ConvWeight:
-        """Pack a weight."""
+    def pack(cls, level: ArmLevel, caches: Caches, weight: Tensor, window: Window, *, half: bool = False) -> ConvWeight:
+        """Pack a weight.
+
+        Raises:
+            ValueError: the weight has values that float16 cannot hold, and is to be in it.
+        """
+        level = row_level(level, HALF) if half else level
         matrix = weight.detach().float().flatten(1)
         shape = int(matrix.shape[0]), int(matrix.shape[1])
         packing = conv_schedules.packing(level, shape, window.groups, ROW_VECTORS, caches.l1)
         packed, channels = QuadWeight.pack(matrix, **packing), int(weight.shape[1])
-        arrays = tuple(conv.weights(packed, table(window, channels)))
-        return cls(level, caches, window, channels, conv.weight_sizes(packed, window), arrays)
+        values, *others = conv.weights(packed, table(window, channels))
+        arrays = (_narrowed(values) if half else values, *others)
+        return cls(level, caches, window, channels, conv.weight_sizes(packed, window), arrays, half)
 
     def call(self, maps: Maps, threads: int, epilogue: Epilogue) -> SiteCall:
         """Cut a call.
@@ -223,10 +237,16 @@ class ConvWeight:
         rows_groups = (sizes["group_rows"], window.groups)
         packed_for = (ROW_VECTORS, sizes["block"])
         cut = conv_schedules.call(level, geometry, maps.images, rows_groups, packed_for, threads, self.caches)
-        schedule = conv.ConvSchedule(LANES, cut.vectors, _SPREAD, geometry.masked, cut.whole, cut.direct)
+        if self.half:
+            schedule: conv.ConvSchedule = conv.HalfConvSchedule(
+                level.lanes, cut.vectors, _SPREAD, geometry.masked, cut.whole, direct=False
+            )
+        else:
+            schedule = conv.ConvSchedule(LANES, cut.vectors, _SPREAD, geometry.masked, cut.whole, cut.direct)
         dims = conv.dims(schedule, sizes, geometry, maps.images, (window.groups, cut.splits, cut.image_tiles))
         scratch = conv.scratch_floats(schedule, sizes, cut.splits)
-        source = source_of(level, f"conv_{schedule.label}", schedule, epilogue, lambda: conv.build(schedule, epilogue))
+        name = f"{CONV_HALF if self.half else 'conv'}_{schedule.label}"
+        source = source_of(level, name, schedule, epilogue, lambda: conv.build(schedule, epilogue))
         call = Call(source, self.arrays, tuple(dims), cut.items, scratch)
         if not geometry.opened:
             return SiteCall(call)
@@ -274,11 +294,17 @@ class DepthwiseWeight:
         return SiteCall(Call(source, arrays, dims, maps.images * outputs, scratch))
 
 
-def pack_conv(level: ArmLevel, caches: Caches, weight: Tensor, window: Window) -> ConvWeight | DepthwiseWeight:
-    """Pack a weight `[O, I / groups, *kernel]` of a convolution; zeros are left out, if it is not a depthwise one."""
+def pack_conv(
+    level: ArmLevel, caches: Caches, weight: Tensor, window: Window, *, half: bool = False
+) -> ConvWeight | DepthwiseWeight:
+    """Pack a weight `[O, I / groups, *kernel]` of a convolution; zeros are left out, if it is not a depthwise one.
+
+    Raises:
+        ValueError: it is to be in float16 and has values that this cannot hold.
+    """
     if window.is_depthwise(int(weight.flatten(1).shape[1])):
         return DepthwiseWeight.pack(level, weight, window)
-    return ConvWeight.pack(level, caches, weight, window)
+    return ConvWeight.pack(level, caches, weight, window, half=half)
 
 
 def source_of(level: ArmLevel, name: str, schedule: Any, epilogue: Epilogue, build: Any) -> KernelSource:

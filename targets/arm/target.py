@@ -12,7 +12,7 @@ from sparsecomp.targets.arm import calibration, cost, dot
 from sparsecomp.targets.arm.cpu import ArmCpu, cpu_names, unfit
 from sparsecomp.targets.arm.cpu import cpu as named
 from sparsecomp.targets.arm.dot import INT8
-from sparsecomp.targets.arm.kernels import HALF, PANEL_TILES, ROW_KERNELS, SVE
+from sparsecomp.targets.arm.kernels import CONV_HALF, HALF, PANEL_TILES, ROW_KERNELS, SVE
 from sparsecomp.targets.base import DENSE, Candidate, Kernel, Problem, Target, WeightFacts, label_of
 from sparsecomp.window import Window
 
@@ -26,7 +26,7 @@ class ArmTarget(Target):
 
     Args:
         cpu: the CPU.
-        half: whether sparse linears may compute in float16, which changes their results.
+        half: whether linears and convolutions may compute in float16, which changes their results.
         quantised: whether it is about a linear whose weight and input are quantised, which may compute in int8.
 
     Raises:
@@ -35,7 +35,15 @@ class ArmTarget(Target):
 
     dtypes = (torch.float32,)
     calibration = ""  # which one counts, see `calibration.load`
-    cautions: Mapping[str, float] = {"rows": 1.25, HALF: 1.25, SVE: 1.25, "panel": 1.25, INT8: 1.25, "conv": 1.25}
+    cautions: Mapping[str, float] = {
+        "rows": 1.25,
+        HALF: 1.25,
+        SVE: 1.25,
+        "panel": 1.25,
+        INT8: 1.25,
+        "conv": 1.25,
+        CONV_HALF: 1.25,
+    }
     """Nobody has timed the kernels on the CPU, and the count knows no misses of the L1 cache and no mispredicted
     branch, of which sparse kernels have more than dense ones: without a board's measurements they have to be this much
     better."""
@@ -78,10 +86,13 @@ class ArmTarget(Target):
         self, facts: WeightFacts, window: Window, allowed: Collection[str] | None = None
     ) -> list[Candidate]:
         """See `Target.conv_candidates`; the same kernel computes dense ones, and leaves out what zeros there are."""
-        if window.is_depthwise(facts.in_features) or facts.nonzeros == facts.out_features * facts.in_features:
+        if window.is_depthwise(facts.in_features):
             return [DENSE]
-        label = label_of(facts, None, allowed)
-        return [DENSE] if label is None else [DENSE, Candidate("conv", label)]
+        full = facts.nonzeros == facts.out_features * facts.in_features
+        label = None if full else label_of(facts, None, allowed)
+        sparse = [] if label is None else [Candidate("conv", label)]
+        half = [Candidate(CONV_HALF, label or DENSE.pattern)] if self.half else []
+        return [DENSE, *sparse, *half]
 
     def predict(self, candidate: Candidate, problem: Problem) -> float:
         """See `Target.predict`."""
@@ -97,7 +108,7 @@ class ArmTarget(Target):
             return candidate.kernel
         if problem.window.is_depthwise(problem.facts.in_features):
             return "depthwise"
-        return "dense_conv" if candidate.is_dense else "conv"
+        return "dense_conv" if candidate.is_dense else candidate.kernel
 
     def scale(self, family: str) -> float:
         """What a board measured for a kernel family, relative to what is counted.
@@ -119,7 +130,7 @@ class ArmTarget(Target):
         if candidate.kernel == INT8:
             params = dict(candidate.params)
             return round(dot.steps(facts, **params) * (dot.STEP_BYTES + 16 * params["v"])) + 8 * facts.out_features
-        if candidate.kernel == HALF:
+        if candidate.kernel in (HALF, CONV_HALF):
             return 4 * facts.nonzeros + 32 * -(-facts.out_features // 4)
         if candidate.kernel in ("rows", SVE, "conv"):
             return 6 * facts.nonzeros + 32 * -(-facts.out_features // 4)

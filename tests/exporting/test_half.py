@@ -75,6 +75,40 @@ class TestBadInput:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.arm
+@pytest.mark.parametrize(
+    ("channels", "side", "kernel", "given"),
+    [
+        ((24, 40), (16, 24), 1, {}),
+        ((24, 40), (9, 11), 3, {"pads": [1, 1, 1, 1]}),
+        ((5, 12), (17, 30), 3, {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
+        ((96, 16), (8, 8), 3, {"group": 4, "pads": [1, 1, 1, 1]}),
+        ((600, 8), (4, 8), 1, {}),
+    ],
+    ids=["in-place-before", "masked", "strided", "grouped", "several-blocks"],
+)
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_convolutions(
+    channels: tuple[int, int], side: tuple[int, int], kernel: int, given: dict[str, Any], density: float, tmp_path: Path
+) -> None:
+    inputs, outputs = channels
+    weight = cases.sparse_array(outputs, inputs // given.get("group", 1), kernel, kernel, density=density)
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], **given),
+        helper.make_node("Relu", ["c"], ["y"]),
+    ]
+    shape = [2, inputs, *side]
+    model = cases.model_of(nodes, {"x": shape}, {"w": weight, "b": cases.sparse_array(outputs, density=1)})
+    x = np.random.default_rng(3).standard_normal(shape, np.float32)
+    report = sparsecomp.export(model, output=tmp_path, dtype="float16")
+    assert [choice.chosen.kernel for choice in report.plan] == ["conv_half"], report.plan
+    expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    program = arm_tools.build(tmp_path, arm_tools.cross_compiler())
+    found = arm_tools.run(program, [x], expected, arm_tools.emulator())[0]
+    error = np.abs(found - expected[0]).max() / np.abs(expected[0]).max()
+    assert 1e-6 < error < 1e-2
+
+
 def half_model(tokens: int) -> onnx.ModelProto:
     """A linear with its activation in float16."""
     weight, bias = cases.sparse_array(64, 96, density=0.3), cases.sparse_array(96, density=1, seed=1)

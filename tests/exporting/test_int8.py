@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from sparsecomp.frontends.onnx_load import load
 from sparsecomp.hls.quantise import quantise
 from sparsecomp.patterns import Pattern
 
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="builds packages for x86-64")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 RNG = np.random.default_rng(0)
 
 
@@ -87,11 +90,12 @@ def test_a_network_runs_in_int8(pattern: str, tmp_path: Path) -> None:
     as_onnx_runtime(arm_tools.run(program, [x], wanted, arm_tools.emulator())[0], wanted[0])
 
 
+@needs_x86
 def test_of_any_number_of_tokens(tmp_path: Path) -> None:
     model = quantised("16:2:4")
     report = sparsecomp.export(model, output=tmp_path, target="host", shapes={"x": ("1..33", 128)}, threads=2)
     assert "int8" in kernels(report)
-    program = arm_tools.build(tmp_path, [arm_tools.host_compiler()], "-fopenmp")
+    program = arm_tools.build(tmp_path, [arm_tools.host_compiler()], "-fopenmp", "-g", *SANITIZERS)
     for tokens in (1, 5, 33):
         x = normal(tokens, 128)
         wanted = expected(model, {"x": x})
