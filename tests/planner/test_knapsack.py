@@ -36,6 +36,40 @@ def test_the_choice_is_the_best_of_all(classes: list[list[Item]], share: float) 
         assert given_total.value <= best * (1 + 1e-5) + 1e-5
 
 
+THREE_WEIGHTS = st.lists(
+    st.lists(st.builds(Item, NUMBER, NUMBER, st.none(), st.tuples(NUMBER, NUMBER)), min_size=1, max_size=4),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60)
+@given(THREE_WEIGHTS, st.tuples(*[st.floats(0, 1)] * 3))
+def test_all_of_several_limits_are_kept_and_the_choice_is_the_best(
+    classes: list[list[Item]], shares: tuple[float, float, float]
+) -> None:
+    limits = []
+    for at, share in enumerate(shares):
+        low, high = (sum(end(item.weights[at] for item in items) for items in classes) for end in (min, max))
+        limits.append(low + share * (high - low))
+    sums = []
+    for choice in itertools.product(*(range(len(items)) for items in classes)):
+        chosen = [items[at] for items, at in zip(classes, choice, strict=True)]
+        weights = [sum(item.weights[at] for item in chosen) for at in range(3)]
+        sums.append((sum(item.value for item in chosen), [w - limit for w, limit in zip(weights, limits, strict=True)]))
+    within = [
+        value for value, over in sums if all(o <= -1e-5 * max(1, lim) for o, lim in zip(over, limits, strict=True))
+    ]
+    picked = solve(classes, limits[0], limits[1:])
+    if picked is None:
+        assert not within
+        return
+    chosen = [items[at] for items, at in zip(classes, picked, strict=True)]
+    assert all(sum(item.weights[at] for item in chosen) <= limit * (1 + 1e-8) for at, limit in enumerate(limits))
+    if within:
+        assert sum(item.value for item in chosen) <= min(within) * (1 + 1e-5) + 1e-5
+
+
 BONDED = st.lists(
     st.lists(st.builds(Item, NUMBER, NUMBER, st.sampled_from([None, "a", "b"])), max_size=3).map(
         lambda items: [Item(10.0, 10.0), *items]
