@@ -229,12 +229,19 @@ def analyse(
     tuner = _Tuner(target, options) if options.autotune else None
     # Under Dynamo fake tensors may be active; the weights are real and are looked at for real.
     with _disable_current_modes(), torch.no_grad():
+        target = target.for_model(_weight_bytes(graph))
         for site in graph.sites:
             analysis.sites.append(_plan_site(site, options, target, autocast, tuner, dry))
         analysis.skips = plan_skips(graph, analysis.sites, options, target, torch.get_num_threads())
     _settle_layouts(analysis, options, target)
     _leave_lone_depthwise(analysis)
     return analysis
+
+
+def _weight_bytes(graph: SparseGraph) -> int:
+    """Of the weights of all sites; one that several share is counted once."""
+    weights = {id(site.weight): site.weight for site in graph.sites}
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
 def _settle_layouts(analysis: Analysis, options: Options, target: Target) -> None:

@@ -226,7 +226,7 @@ def _priced(model: nn.Module, sites: Sequence[Site], timed: Call, target: Target
         notes = "".join(f"; {note}" for note in report.notes)
         raise ValueError(f"the model has no layer that could be pruned and run by a sparse kernel{declined}{notes}")
     found = {name: free[name] for name in dict.fromkeys(map(module_name, entries))}
-    pricer = Pricer(target, autotune=autotune)
+    pricer = Pricer(target, autotune=autotune, nbytes=sum(choice.dense_bytes for choice in report.plan))
     scale = pricer.scale([(entry, _matrix(found[module_name(entry)])) for entry in entries])
     report.plan.sites = [
         scaled(pricer.price(choice, _matrix(found[module_name(choice)]), "") if choice in entries else choice, scale)

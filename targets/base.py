@@ -257,6 +257,10 @@ class Target(ABC):
         """Why this machine cannot run its kernels, None if it can; prices and plans are there in any case."""
         return None
 
+    def for_model(self, nbytes: int) -> Target:
+        """The target with the prices of a model whose weights take so many bytes: they may not fit the caches."""
+        return self
+
     @abstractmethod
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """The ways to compute a weight, `DENSE` first.

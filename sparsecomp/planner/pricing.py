@@ -93,10 +93,11 @@ class Pricer:
     Args:
         target: offers and prices the candidates.
         autotune: measure the candidates, once for sites that are alike, where they would otherwise be predicted.
+        nbytes: of the weights of the model.
     """
 
-    def __init__(self, target: Target, *, autotune: bool) -> None:
-        self.target, self._autotune = target, autotune
+    def __init__(self, target: Target, *, autotune: bool, nbytes: int = 0) -> None:
+        self.target, self._near, self._autotune = target.for_model(nbytes), target, autotune
         self._threads = torch.get_num_threads()
         self._known: dict[tuple[Any, ...], dict[Candidate, float]] = {}
         self._dense: dict[tuple[Any, ...], float] = {}
@@ -110,7 +111,9 @@ class Pricer:
         if self.target.why_not_here() is not None:
             return 1.0
         measured = sum(self._dense_us(site, weight) for site, weight in sites)
-        predicted = sum(site.dense_us or 0.0 for site, _ in sites)
+        # Measured one by one they lie in the caches, wherever those of the model do.
+        problems = [_problem(site, WeightFacts.of(weight), self._threads, self.target) for site, weight in sites]
+        predicted = sum(self._near.predict(DENSE, problem) for problem in problems)
         return measured / predicted if predicted else 1.0
 
     def _dense_us(self, site: SiteChoice, weight: Tensor) -> float:

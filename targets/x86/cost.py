@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from sparsecomp.kernels.panel import PanelSchedule
 from sparsecomp.targets.base import Candidate, Problem, WeightFacts
@@ -27,10 +28,11 @@ DENSE_FEW = 12
 
 @dataclass(frozen=True)
 class Machine:
-    """What the counting needs: the schedules' level and the caches."""
+    """What the counting needs: the schedules' level, the caches, and whether all weights come from memory."""
 
     level: Level
     caches: Caches
+    streamed: bool = False
 
 
 def quantities(machine: Machine, candidate: Candidate, problem: Problem) -> tuple[str, Quantities]:
@@ -155,14 +157,16 @@ def masked_skip_quantities(machine: Machine, facts: WeightFacts, kept: float, to
 def _dense(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
     facts, tokens = problem.facts, problem.tokens
     entries = facts.out_features * facts.in_features
-    share = 1 / problem.threads
+    # A single row is a product with a vector, for which MKL takes one thread (PyTorch 2.13, measured on a Zen 5).
+    threads = 1 if tokens == 1 and problem.dtype == torch.float32 else problem.threads
+    share = 1 / threads
     # A library pads small matrices to its register tiles.
     rows = math.ceil(tokens / 4) * 4 if tokens > DENSE_FEW else tokens
     return {
         "multiply": rows * entries * share,
         "weight": entries * share,
         "activation": tokens * (facts.in_features + facts.out_features) * share,
-        **traffic(machine, 4 * entries, share, problem.threads),
+        **traffic(machine, 4 * entries, share, threads),
         "call": 1.0,
     }
 
@@ -173,6 +177,8 @@ def traffic(machine: Machine, nbytes: float, passes: float, threads: int) -> Qua
     What fits the L2 cache costs nothing beside the loads that are counted anyway; of what is larger than the L3 cache
     all comes from memory, which the threads share.
     """
+    if machine.streamed:
+        return {"l3_bytes": 0.0, "memory_bytes": nbytes * passes * (1 + 0.5 * (threads - 1))}
     if nbytes <= machine.caches.l2 / 2:
         return {"l3_bytes": 0.0, "memory_bytes": 0.0}
     # A weight of about the size of the cache keeps a part of itself there.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import platform
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,6 +64,7 @@ class X86Target(Target):
     """x86-64 Linux."""
 
     skips = True
+    _streamed = False
 
     def __init__(self, level_name: str) -> None:
         self.name = f"x86:{level_name}"
@@ -76,6 +79,18 @@ class X86Target(Target):
         """See `Target.why_not_here`."""
         machine = platform.machine()
         return None if machine in ("x86_64", "AMD64") else f"this machine is {machine}, no x86-64"
+
+    def for_model(self, nbytes: int) -> X86Target:
+        """See `Target.for_model`; of more than the L3 cache holds nothing is left there when a weight's turn comes."""
+        if self._streamed or nbytes <= self._machine.caches.l3:
+            return self
+        found = copy.copy(self)
+        found._streamed = True
+        return found
+
+    def _machine_at(self, tokens: int) -> cost.Machine:
+        """With many tokens a weight is read more than once, and its products take longer than bringing it here."""
+        return replace(self._machine, streamed=self._streamed and tokens <= cost.DENSE_FEW)
 
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """See `Target.candidates`."""
@@ -102,7 +117,7 @@ class X86Target(Target):
         if problem.tokens == 0:
             return 0.0
         counter = cost.quantities if problem.window is None else conv_cost.quantities
-        micros = cost.price(self._coefficients, *counter(self._machine, candidate, problem))
+        micros = cost.price(self._coefficients, *counter(self._machine_at(problem.tokens), candidate, problem))
         if problem.dtype != torch.float32 and not candidate.is_dense:
             # bfloat16 is widened before and narrowed after the float32 kernel: three more passes over x and y.
             taps = 1 if problem.window is None else problem.window.taps
@@ -160,11 +175,12 @@ class X86Target(Target):
 
     def predict_skip(self, facts: WeightFacts, kept: float, tokens: int, threads: int) -> float:
         """See `Target.predict_skip`."""
+        machine = self._machine_at(tokens)
         if self._masks_rows(facts.nonzeros, facts.out_features * facts.in_features):
             # A word of a row with a mask takes what it takes in the kernel that reads all of them.
-            counted = cost.masked_skip_quantities(self._machine, facts, kept, tokens, threads)
+            counted = cost.masked_skip_quantities(machine, facts, kept, tokens, threads)
             return cost.price(self._coefficients, "mask", counted)
-        counted = cost.skip_quantities(self._machine, facts, kept, tokens, threads)
+        counted = cost.skip_quantities(machine, facts, kept, tokens, threads)
         return cost.price(self._coefficients, "skip", counted)
 
     def prepare_skip(self, spec: SkipSpec, rows: Sequence[SkipRows]) -> X86SkipKernel:

@@ -154,3 +154,28 @@ def test_no_price_is_negative() -> None:
     assert found["b"] == 0
     assert found["a"] > 0
     assert found["never"] == 0
+
+
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_weights_of_a_large_model_come_from_memory(level: str) -> None:
+    near = TARGETS[level]
+    room = cpu.caches().l3
+    far = near.for_model(room + 1)
+    assert near.for_model(room) is near
+    assert far.for_model(room + 1) is far
+    facts = FACTS[768, 768][8]
+    assert far.predict(DENSE, Problem(facts, 1, 1)) > near.predict(DENSE, Problem(facts, 1, 1))
+    assert far.predict(DENSE, Problem(facts, 128, 1)) == near.predict(DENSE, Problem(facts, 128, 1))
+    # What reads less of the weight gains more where bytes are what counts.
+    gains = [own.predict_skip(facts, 1.0, 1, 1) - own.predict_skip(facts, 0.5, 1, 1) for own in (near, far)]
+    assert gains[1] > gains[0]
+
+
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_a_single_row_takes_one_thread_in_float32(level: str) -> None:
+    def us(tokens: int, threads: int, dtype: torch.dtype) -> float:
+        return TARGETS[level].predict(DENSE, Problem(FACTS[768, 768][8], tokens, threads, dtype=dtype))
+
+    assert us(1, 2, torch.float32) == us(1, 1, torch.float32)
+    assert us(4, 2, torch.float32) < us(4, 1, torch.float32)
+    assert us(1, 2, torch.bfloat16) < us(1, 1, torch.bfloat16)
