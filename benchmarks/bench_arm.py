@@ -31,7 +31,7 @@ from sparsecomp.window import Maps, Window
 
 PATTERNS = ("dense", "unstructured@0.5", "unstructured@0.75", "unstructured@0.9", "2:4", "4:2:4", "8:2:4", "16:2:4")
 INPUTS, OUTPUTS, TOKENS = 384, 1536, 64
-INTEGERS = ("dense", "unstructured@0.9", "4:2:4", "8:2:4", "16:2:4", "16:1:4")
+INTEGERS = ("dense", "unstructured@0.9", "2:4", "1:4", "4:2:4", "8:2:4", "16:2:4", "16:1:4")
 LOOPS = ("panel_16_4", "panel_16_6", "panel_8_8", "rows_4.shared", "rows_4.own", "int8_16_4_1", "int8_16_4_2")
 
 

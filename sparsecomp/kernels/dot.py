@@ -3,7 +3,8 @@
 x is float32 and becomes int8 in scratch, as QuantizeLinear of ONNX computes it. V outputs share their columns as in the
 panel kernel, and lie in lanes of 32 bits: AArch64's `sdot` adds four products to each lane, of four columns in a row.
 Sixteen kept columns are a step. They are sixteen neighbours, or are picked from a window of 32 or 64 inputs by one
-look-up of bytes (`tbl`), which serves all outputs of the panel. Sums are exact; what follows them is float32.
+look-up of bytes (`tbl`), which serves all outputs of the panel. Rows with columns of their own (N:M) take a look-up for
+every four of them, and a step has four columns of each. Sums are exact; what follows them is float32.
 """
 
 from __future__ import annotations
@@ -63,12 +64,14 @@ class DotSchedule:
         v: rows of a panel, a multiple of four.
         tokens: of the tile.
         window: vectors of inputs that the columns of a step are picked from; 1: they are neighbours.
+        own: whether each row picks columns of its own, of sixteen inputs.
         native: whether the CPU has `sdot` and `tbl`; without, plain products stand for them.
     """
 
     v: int
     tokens: int
     window: int
+    own: bool
     native: bool
 
     @property
@@ -79,13 +82,14 @@ class DotSchedule:
 
 @dataclass(frozen=True, eq=False)
 class DotWeight:
-    """A weight `[O, I]` of int8 in panels of `v` rows and steps of sixteen columns.
+    """A weight `[O, I]` of int8 in panels of `v` rows, and steps of sixteen columns, or of four for each row.
 
     Attributes:
         shape: O and I.
         v: rows of a panel.
-        values: int8 `[steps, 4, v, 4]`: of each four columns those of each row.
-        picks: int8 `[steps, 16]`: where the columns lie behind the first one.
+        values: int8 `[steps, 4, v, 4]`, of each four columns those of each row; `[steps, 1, v, 4]` if each row has its
+            own.
+        picks: int8 `[steps, 16]`, where the columns lie behind the first one; `[steps, v * 4]` if each row has its own.
         firsts: int32 `[steps]`: the first columns.
         starts: int32 `[panels + 1]`: the steps of each panel.
     """
@@ -130,14 +134,47 @@ class DotWeight:
             np.array(starts, np.int32),
         )
 
+    @classmethod
+    def pack_own(cls, weight: npt.NDArray[np.int8], v: int) -> DotWeight:
+        """Pack a weight `[O, I]` whose rows each have columns of their own.
+
+        Of sixteen inputs as many steps are kept as the fullest row of the panel needs.
+        """
+        outputs, inputs = weight.shape
+        panels, windows = -(-outputs // v), -(-inputs // STEP)
+        padded = np.zeros((panels * v, windows * STEP), np.int8)
+        padded[:outputs, :inputs] = weight
+        parts = padded.reshape(panels, v, windows, STEP)
+        # The kept columns first, in their order.
+        order = np.argsort(parts == 0, axis=3, kind="stable").astype(np.int8)
+        sorted_values = np.take_along_axis(parts, order.astype(np.int64), axis=3)
+        counts = -(-(parts != 0).sum(axis=3).max(axis=1) // 4)  # [panels, windows]
+        values, picks, firsts = [], [], []
+        for panel, part in np.argwhere(counts):
+            for step in range(counts[panel, part]):
+                four = slice(4 * step, 4 * step + 4)
+                values.append(sorted_values[panel, :, part, four])
+                picks.append(order[panel, :, part, four])
+                firsts.append(part * STEP)
+        return cls(
+            (outputs, inputs),
+            v,
+            np.array(values, np.int8).reshape(-1, 1, v, 4),
+            np.array(picks, np.int8).reshape(-1, v * 4),
+            np.array(firsts, np.int32),
+            np.concatenate([[0], counts.sum(axis=1).cumsum()]).astype(np.int32),
+        )
+
     def unpack(self) -> npt.NDArray[np.int8]:
         """The weight, as it was packed."""
         outputs, inputs = self.shape
         weight = np.zeros((len(self.starts) - 1, self.v, inputs + _PADDING), np.int8)
         panel_of = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
         for panel, first, pick, step in zip(panel_of, self.firsts, self.picks, self.values, strict=True):
-            # A place that nothing was put to has a zero, and perhaps the column of another.
-            np.add.at(weight[panel].T, first + pick.astype(int), step.transpose(0, 2, 1).reshape(STEP, self.v))
+            # `[groups, v, 4]`; a place that nothing was put to has a zero, and perhaps the column of another.
+            columns = first + pick.astype(int).reshape(*((4, 1) if len(step) == 4 else (1, self.v)), 4)
+            rows = np.arange(self.v)[:, None]
+            np.add.at(weight[panel], np.broadcast_arrays(rows, columns, step)[:2], step)
         return weight[:, :, :inputs].reshape(-1, inputs)[:outputs]
 
     def arrays(self, levels: Levels) -> list[npt.NDArray[np.generic]]:
@@ -241,13 +278,19 @@ def _tile(
     with tir.loop(end - begin) as index:
         step = tir.bind(begin + index)
         column = tir.bind(args["w2"][step])
-        picked = [_columns(args, schedule, source + column, step) for source in sources]
-        for group in range(4):
+        if schedule.own:
+            _add_own(args, schedule, total, step, [tir.bind(source + column) for source in sources])
+            groups, picked = 0, []
+        else:
+            groups = 4
+            picked = [_columns(args, schedule, source + column, step * STEP) for source in sources]
+        for group in range(groups):
             for m in range(vectors):
                 weight = tir.bind(tir.load(args["w0"], ((step * 4 + group) * vectors + m) * STEP, STEP))
                 for t in range(schedule.tokens):
                     slot = (t * vectors + m) * _LANES
-                    value = _dot(schedule, tir.load(total, slot, _LANES), weight, picked[t], group)
+                    four = _repeated(picked[t], group)
+                    value = _dot(schedule, tir.load(total, slot, _LANES), weight, four)
                     tir.store(total, slot, value, _LANES)
     for t, m, slot in slots:
         output = tir.bind(row + m * _LANES)
@@ -267,26 +310,44 @@ def _tile(
                     tir.store(args["y"], y + i, value)
 
 
-def _columns(args: tir.Arguments, schedule: DotSchedule, at: tir.Expr, step: tir.Expr) -> tir.Expr:
-    """The levels of a token in the sixteen columns of a step."""
+def _add_own(
+    args: tir.Arguments, schedule: DotSchedule, total: tir.Expr, step: tir.Expr, sources: list[tir.Expr]
+) -> None:
+    """Add a step of rows with columns of their own."""
+    vectors = schedule.vectors
+    for m in range(vectors):
+        at = tir.bind((step * vectors + m) * STEP)
+        weight = tir.bind(tir.load(args["w0"], at, STEP))
+        for t, source in enumerate(sources):
+            slot = (t * vectors + m) * _LANES
+            four = _columns(args, schedule, source, at)
+            tir.store(total, slot, _dot(schedule, tir.load(total, slot, _LANES), weight, four), _LANES)
+
+
+def _columns(args: tir.Arguments, schedule: DotSchedule, at: tir.Expr, picks: tir.Expr) -> tir.Expr:
+    """Sixteen levels of a token, picked from the window at `at`."""
     levels = args.view("scratch", "int8")
-    if schedule.window == 1:
+    if schedule.window == 1 and not schedule.own:
         return tir.bind(tir.load(levels, at, STEP))
     if not schedule.native:
-        places = [tir.cast("int32", args["w1"][step * STEP + i]) for i in range(STEP)]
+        places = [tir.cast("int32", args["w1"][picks + i]) for i in range(STEP)]
         return tir.bind(tir.vector_of([levels[at + place] for place in places]))
     table = [tir.bind(tir.load(levels, at + part * STEP, STEP)) for part in range(schedule.window)]
-    picks = tir.load(args["w1"], step * STEP, STEP)
-    return tir.bind(tir.llvm_call(f"int8x{STEP}", f"llvm.aarch64.neon.tbl{schedule.window}.v16i8", *table, picks))
+    order = tir.load(args["w1"], picks, STEP)
+    return tir.bind(tir.llvm_call(f"int8x{STEP}", f"llvm.aarch64.neon.tbl{schedule.window}.v16i8", *table, order))
 
 
-def _dot(schedule: DotSchedule, total: tir.Expr, weight: tir.Expr, levels: tir.Expr, group: int) -> tir.Expr:
-    """Add the products of four columns to each lane."""
+def _repeated(levels: tir.Expr, group: int) -> tir.Expr:
+    """Four of sixteen levels, for each of four rows: a lane that `sdot` takes by its number."""
     words = tir.bind(tir.reinterpret(f"int32x{_LANES}", levels))
-    four = tir.reinterpret(f"int8x{STEP}", tir.bind(tir.shuffle(words, words, [group] * _LANES)))
+    return tir.reinterpret(f"int8x{STEP}", tir.bind(tir.shuffle(words, words, [group] * _LANES)))
+
+
+def _dot(schedule: DotSchedule, total: tir.Expr, weight: tir.Expr, levels: tir.Expr) -> tir.Expr:
+    """Add the products of four columns to each lane."""
     if schedule.native:
-        return tir.llvm_call(f"int32x{_LANES}", "llvm.aarch64.neon.sdot.v4i32.v16i8", total, weight, four)
-    wide = tir.bind(tir.cast(f"int32x{STEP}", weight) * tir.cast(f"int32x{STEP}", tir.bind(four)))
+        return tir.llvm_call(f"int32x{_LANES}", "llvm.aarch64.neon.sdot.v4i32.v16i8", total, weight, levels)
+    wide = tir.bind(tir.cast(f"int32x{STEP}", weight) * tir.cast(f"int32x{STEP}", tir.bind(levels)))
     for place in range(4):
         total = total + tir.shuffle(wide, wide, [4 * lane + place for lane in range(_LANES)])
     return total

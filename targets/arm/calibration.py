@@ -70,7 +70,7 @@ def calibrate_from(results: str | Path) -> dict[str, tuple[float, int]]:
         ValueError: there is no such file, it holds something else, or it has no calls of our kernels.
     """
     path = Path(results)
-    document = parse_json(read_text(path, "results"), "results")
+    document = parse_json(read_text(path, "results"), str(path))
     if not isinstance(document, dict) or document.get("format") != RESULTS or document.get("version") != 1:
         raise ValueError(f"{path} is no file of results: expected the format {RESULTS!r}, version 1")
     name = cpu(str(document.get("cpu"))).name

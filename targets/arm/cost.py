@@ -18,7 +18,7 @@ from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import Layout
 from sparsecomp.kernels.dot import STEP
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmCpu
-from sparsecomp.targets.arm.dot import INT8, STEP_BYTES, dot_tile, steps
+from sparsecomp.targets.arm.dot import INT8, dot_tile, loop_name, packed_bytes, steps
 from sparsecomp.targets.arm.kernels import (
     CONV_HALF,
     DENSE_V,
@@ -143,17 +143,17 @@ def _panel(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
     return Cost(cycles * share, _memory(cpu, columns * 4 * (v + 1), groups))
 
 
-def _dot(cpu: ArmCpu, problem: Problem, v: int, window: int) -> Cost:
+def _dot(cpu: ArmCpu, problem: Problem, v: int, window: int, fours: int = 0) -> Cost:
     facts, tile = problem.facts, dot_tile(v, problem.tokens)
     panels, tiles = math.ceil(facts.out_features / v), math.ceil(problem.tokens / tile)
-    count, sums = steps(facts, v, window), tile * v / LANES
-    cycles = tiles * (count * loop_cycles(cpu, f"{INT8}_{v}_{tile}_{window}") + panels * sums * _TILE_SUM)
+    loop, sums = loop_cycles(cpu, loop_name(v, tile, window, own=fours > 0)), tile * v / LANES
+    cycles = tiles * (steps(facts, v, window, fours) * loop + panels * sums * _TILE_SUM)
     cut = schedules.panel_cut(tile, problem.tokens, panels, problem.threads)
     # Every split of the panels makes the levels of its tokens.
     levels = problem.tokens * facts.in_features / STEP * loop_cycles(cpu, "levels") * cut.splits
     cycles = (cycles + levels) / problem.threads
     groups = math.ceil(problem.tokens / schedules.GROUP_TOKENS)
-    return Cost(cycles, _memory(cpu, count * (16 * v + STEP_BYTES), groups))
+    return Cost(cycles, _memory(cpu, packed_bytes(facts, v, window, fours), groups))
 
 
 def _conv(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:

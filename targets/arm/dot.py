@@ -22,16 +22,11 @@ DOT_TILES = {4: (1, 2, 4, 8), 8: (1, 2, 4, 8), 16: (1, 2, 4)}
 """For each number of rows of a panel the numbers of tokens of its register tile: at most 16 sums."""
 WINDOWS = (2, 4)
 """Vectors of inputs that a step of a sparse weight picks its columns from."""
-STEP_BYTES = 20
-"""Of a step beside its weights: picks and the first column."""
 _MOST_INPUTS = 1 << 16  # sums of more products of bytes might not fit 32 bits
 
 
 def candidates(facts: WeightFacts, allowed: Collection[str] | None) -> list[Candidate]:
-    """The ways to compute a weight in int8: dense, and panels of rows that share their columns.
-
-    Rows with columns of their own would need a look-up for every vector of weights, as many as there are products.
-    """
+    """The ways to compute a weight in int8: dense, panels of rows that share their columns, rows of N:M."""
     if facts.in_features > _MOST_INPUTS:
         return []
     found = [Candidate(INT8, DENSE.pattern, (("v", DENSE_V), ("window", 1)))]
@@ -41,17 +36,39 @@ def candidates(facts: WeightFacts, allowed: Collection[str] | None) -> list[Cand
             # Two vectors hold the sixteen columns of a step if half of all columns are kept.
             window = WINDOWS[0] if 2 * facts.panels[v] >= _columns(facts, v) else WINDOWS[1]
             found.append(Candidate(INT8, shared, (("v", v), ("window", window))))
+    single, fours = label_of(facts, 1, allowed), _fours(facts)
+    if single is not None and fours < dot.STEP // 4:
+        found.append(Candidate(INT8, single, (("fours", fours), ("v", DENSE_V), ("window", 1))))
     return found
 
 
-def steps(facts: WeightFacts, v: int, window: int) -> float:
-    """Steps over all panels: as many as kept columns fill, or as windows there are."""
+def _fours(facts: WeightFacts) -> int:
+    """The most fours of columns that a row keeps of sixteen inputs, by the N:M patterns that it satisfies."""
+    kept = [d.pattern.n * dot.STEP // d.pattern.m for d in facts.patterns if d.pattern.kind in ("nm", "vnm")]
+    return math.ceil(min(kept, default=dot.STEP) / 4)
+
+
+def steps(facts: WeightFacts, v: int, window: int, fours: int = 0) -> float:
+    """Steps over all panels: as many as kept columns fill, or as windows there are; or `fours` for each window."""
+    if fours:
+        return _columns(facts, v) / dot.STEP * fours
     windows = _columns(facts, v) / (dot.STEP * window)
     return windows if window == 1 else max(facts.panels[v] / dot.STEP, windows)
 
 
+def packed_bytes(facts: WeightFacts, v: int, window: int, fours: int = 0) -> int:
+    """Bytes of the steps: weights, picks and the first column."""
+    each = 8 * v + 4 if fours else 16 * v + 20
+    return round(steps(facts, v, window, fours) * each)
+
+
 def _columns(facts: WeightFacts, v: int) -> int:
     return math.ceil(facts.out_features / v) * facts.in_features
+
+
+def loop_name(v: int, tile: int, window: int, *, own: bool) -> str:
+    """What the loop of a kernel is called in the table of cycles, and the kernel itself."""
+    return f"{INT8}_{'own_' * own}{v}_{tile}_{window}"
 
 
 def dot_tile(v: int, tokens: int) -> int:
@@ -82,6 +99,7 @@ class QuantisedWeight:
         level: of the schedules.
         packed: the weight.
         window: of its steps.
+        own: whether its rows have columns of their own.
         native: whether the CPU has dot products.
         arrays: as the kernel takes them.
         terms: what the kernel takes as its bias.
@@ -90,6 +108,7 @@ class QuantisedWeight:
     level: ArmLevel
     packed: DotWeight
     window: int
+    own: bool
     native: bool
     arrays: Arrays
     terms: npt.NDArray[np.float32]
@@ -102,14 +121,15 @@ class QuantisedWeight:
 
         Args:
             level: of the schedules.
-            candidate: with its `v` and `window`.
+            candidate: with its `v` and `window`, and `fours` where rows have columns of their own.
             linear: weight and levels.
             bias: `[O]`.
         """
         params = dict(candidate.params)
-        packed = DotWeight.pack(linear.weight, params["v"], params["window"])
+        v, window, own = params["v"], params["window"], "fours" in params
+        packed = DotWeight.pack_own(linear.weight, v) if own else DotWeight.pack(linear.weight, v, window)
         arrays, terms = tuple(packed.arrays(linear.levels)), packed.terms(bias, linear.scales, linear.levels)
-        return cls(level, packed, params["window"], level.triple.startswith("aarch64"), arrays, terms)
+        return cls(level, packed, window, own, level.triple.startswith("aarch64"), arrays, terms)
 
     def call(self, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
         """Cut a call.
@@ -121,9 +141,9 @@ class QuantisedWeight:
         if tokens * max(outputs, inputs) >= 2**31:
             raise ValueError(f"{tokens} tokens of {max(outputs, inputs)} values are more than 32-bit numbers address")
         tile = dot_tile(v, tokens)
-        schedule = DotSchedule(v, tile, self.window, self.native)
+        schedule = DotSchedule(v, tile, self.window, self.own, self.native)
         cut = schedules.panel_cut(tile, tokens, math.ceil(outputs / v), threads)
         dims = (tokens, inputs, outputs, cut.group, cut.splits)
-        name = f"{INT8}_{v}_{tile}_{self.window}"
+        name = loop_name(v, tile, self.window, own=self.own)
         source = source_of(self.level, name, schedule, epilogue, lambda: dot.build(schedule, epilogue))
         return SiteCall(Call(source, self.arrays, dims, cut.items, dot.scratch_floats(inputs, cut.group), cut.group))

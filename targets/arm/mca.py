@@ -17,7 +17,7 @@ from typing import Any
 from sparsecomp.kernels import depthwise, dot, panel, rows, tir
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.targets.arm.cpu import LANES, ROW_VECTORS, ArmLevel, cpu, cpu_names
-from sparsecomp.targets.arm.dot import DOT_TILES, INT8, WINDOWS
+from sparsecomp.targets.arm.dot import DOT_TILES, WINDOWS, loop_name
 from sparsecomp.targets.arm.kernels import DENSE_V, HALF, PANEL_TILES, SVE, panel_schedule, row_level, row_schedule
 
 LEAST_LLVM = 19
@@ -108,8 +108,8 @@ def multiply_adds(body: list[str]) -> int:
 def loops_of(name: str) -> dict[str, Loop]:
     """The inner loops of the kernels for a CPU: `rows_V.shared`, `rows_V.own`, `panel_V_T`, `depthwise_V`.
 
-    With `rows_half_V` for CPUs that multiply float16, `rows_sve_V` for those with SVE, and `int8_V_T_W` for those with
-    dot products, beside `levels`.
+    With `rows_half_V` for CPUs that multiply float16, `rows_sve_V` for those with SVE, and `int8_V_T_W`,
+    `int8_own_V_T_1` and `levels` for those with dot products.
     """
     level = cpu(name).level
 
@@ -141,11 +141,11 @@ def loops_of(name: str) -> dict[str, Loop]:
             tile = next(entry for entry in loops(panel.build(schedule, Epilogue())) if entry[0])
             result[f"panel_{v}_{tokens}"] = once(tile, schedule.vectors * schedule.tokens)
     if cpu(name).dotprod:
-        shapes = [(v, tokens, w) for v, tiles in DOT_TILES.items() for tokens in tiles for w in WINDOWS]
-        for v, tokens, window in [*shapes, *((DENSE_V, tokens, 1) for tokens in DOT_TILES[DENSE_V])]:
-            schedule_i = dot.DotSchedule(v, tokens, window, native=True)
+        for schedule_i in int8_schedules():
             step = next(entry for entry in loops(dot.build(schedule_i, Epilogue())) if entry[0])
-            result[f"{INT8}_{v}_{tokens}_{window}"] = once(step, 4 * schedule_i.vectors * tokens)
+            fours = 1 if schedule_i.own else 4
+            loop = loop_name(schedule_i.v, schedule_i.tokens, schedule_i.window, own=schedule_i.own)
+            result[loop] = once(step, fours * schedule_i.vectors * schedule_i.tokens)
         result[LEVELS] = levels_loop(name)
     for vectors in range(1, ROW_VECTORS + 1):
         schedule_d = depthwise.DepthwiseSchedule(LANES, vectors, 1)
@@ -154,9 +154,16 @@ def loops_of(name: str) -> dict[str, Loop]:
     return result
 
 
+def int8_schedules() -> list[dot.DotSchedule]:
+    """The forms of the int8 kernel: of sparse panels, of dense ones, of rows with columns of their own."""
+    shapes = [(v, tokens, w, False) for v, tiles in DOT_TILES.items() for tokens in tiles for w in WINDOWS]
+    shapes += [(DENSE_V, tokens, 1, own) for own in (False, True) for tokens in DOT_TILES[DENSE_V]]
+    return [dot.DotSchedule(v, tokens, window, own, native=True) for v, tokens, window, own in shapes]
+
+
 def levels_loop(name: str) -> Loop:
     """The loop of the int8 kernel that makes sixteen values int8, for a CPU: a division of four values bounds it."""
-    function = dot.build(dot.DotSchedule(DENSE_V, 4, 1, native=True), Epilogue())
+    function = dot.build(dot.DotSchedule(DENSE_V, 4, 1, own=False, native=True), Epilogue())
     assembly = tir.compile_object(function, "kernel", cpu(name).level.tvm_target)[1]
     divided = [(sum(bool(_DIVISION.match(line)) for line in body), body) for body in inner_loops(assembly)]
     count, body = next(entry for entry in divided if entry[0])

@@ -128,8 +128,7 @@ class ArmTarget(Target):
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
         """See `Target.packed_bytes`."""
         if candidate.kernel == INT8:
-            params = dict(candidate.params)
-            return round(dot.steps(facts, **params) * (dot.STEP_BYTES + 16 * params["v"])) + 8 * facts.out_features
+            return dot.packed_bytes(facts, **dict(candidate.params)) + 8 * facts.out_features
         if candidate.kernel in (HALF, CONV_HALF):
             return 4 * facts.nonzeros + 32 * -(-facts.out_features // 4)
         if candidate.kernel in ("rows", SVE, "conv"):

@@ -46,12 +46,12 @@ def mlp(pattern: str) -> onnx.ModelProto:
         helper.make_node("MatMul", ["g", "w2"], ["m"]),
         helper.make_node("Add", ["m", "b2"], ["y"]),
     ]
-    constants = {"w1": weight(200, 128), "b1": normal(200), "w2": weight(45, 200).T.copy(), "b2": normal(45)}
+    constants = {"w1": weight(200, 128), "b1": normal(200), "w2": weight(109, 200).T.copy(), "b2": normal(109)}
     graph = helper.make_graph(
         nodes,
         "mlp",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 128])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 45])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 109])],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -78,11 +78,14 @@ def as_onnx_runtime(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -
 
 
 @pytest.mark.arm
-@pytest.mark.parametrize("pattern", ["dense", "16:2:4"])
-def test_a_network_runs_in_int8(pattern: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "kernel"), [("dense", "int8_16_4_1"), ("16:2:4", "int8_16_4_2"), ("1:4", "int8_own_16_4_1")]
+)
+def test_a_network_runs_in_int8(pattern: str, kernel: str, tmp_path: Path) -> None:
     model, x = quantised(pattern), normal(33, 128)
     report = sparsecomp.export(model, output=tmp_path, shapes={"x": x.shape})
     assert kernels(report) == {"int8"}
+    assert f"extern kernel_function {kernel}" in (tmp_path / "model.c").read_text()
     # The kernels quantise what they read: that of the output alone is left.
     assert (tmp_path / "model.c").read_text().count("{ /* fused_quantize") == 1
     program = arm_tools.build(tmp_path, arm_tools.cross_compiler())

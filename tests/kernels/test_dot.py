@@ -43,12 +43,21 @@ def test_packing_loses_nothing(outputs: int, inputs: int, v: int, window: int, d
     packed = DotWeight.pack(weight, v, window)
     assert np.array_equal(packed.unpack(), weight)
     assert packed.picks.max(initial=0) < 16 * window
+    assert np.array_equal(DotWeight.pack_own(weight, v).unpack(), weight)
 
 
 def test_a_step_holds_sixteen_of_thirty_two_columns() -> None:
     weight = np.tile(np.array([0, 3, 5, 0], np.int8), (16, 32))
     assert len(DotWeight.pack(weight, 16, 2).firsts) == 128 / 2 / 16
     assert len(DotWeight.pack(weight, 16, 1).firsts) == 128 / 16
+
+
+def test_rows_with_columns_of_their_own_keep_four_of_sixteen() -> None:
+    weight = np.stack([np.tile(np.roll(np.array([7, 0, 0, 0], np.int8), row % 4), 32) for row in range(16)])
+    assert len(DotWeight.pack(weight, 16, 2).firsts) == 128 / 16  # together they keep all
+    packed = DotWeight.pack_own(weight, 16)
+    assert len(packed.firsts) == 128 / 16
+    assert packed.values.size == weight.size / 4
 
 
 @pytest.mark.parametrize("levels", [SIGNED, UNSIGNED])
@@ -63,10 +72,11 @@ def test_levels_are_those_of_quantize_linear(levels: Levels) -> None:
 @pytest.mark.parametrize(
     ("shape", "tokens", "schedule", "epilogue", "cut"),
     [
-        ((40, 72), 7, DotSchedule(16, 4, 1, native=False), Epilogue(), (7, 1)),
-        ((37, 130), 9, DotSchedule(16, 2, 2, native=False), Epilogue("gelu", True), (4, 3)),
-        ((6, 33), 5, DotSchedule(4, 8, 4, native=False), Epilogue("relu", True, True), (8, 1)),
-        ((24, 15), 1, DotSchedule(8, 1, 2, native=False), Epilogue(), (1, 2)),
+        ((40, 72), 7, DotSchedule(16, 4, 1, own=False, native=False), Epilogue(), (7, 1)),
+        ((37, 130), 9, DotSchedule(16, 2, 2, own=False, native=False), Epilogue("gelu", True), (4, 3)),
+        ((6, 33), 5, DotSchedule(4, 8, 4, own=False, native=False), Epilogue("relu", True, True), (8, 1)),
+        ((20, 50), 3, DotSchedule(16, 2, 1, own=True, native=False), Epilogue("none", True), (3, 2)),
+        ((24, 15), 1, DotSchedule(8, 1, 2, own=False, native=False), Epilogue(), (1, 2)),
     ],
     ids=str,
 )
@@ -75,9 +85,11 @@ def test_the_kernel_computes_its_reference(
 ) -> None:
     rng = np.random.default_rng(1)
     levels = SIGNED if tokens % 2 else UNSIGNED
-    packed = DotWeight.pack(
-        integers(*shape, schedule.v, 1.0 if schedule.window == 1 else 0.4), schedule.v, schedule.window
-    )
+    if schedule.own:
+        packed = DotWeight.pack_own(integers(*shape, 1, 0.3), schedule.v)
+    else:
+        density = 1.0 if schedule.window == 1 else 0.4
+        packed = DotWeight.pack(integers(*shape, schedule.v, density), schedule.v, schedule.window)
     outputs, inputs = shape
     # Values on the borders between levels too, which are rounded to even, and beyond the last level.
     x = np.rint(rng.standard_normal((tokens, inputs)) * 100).astype(np.float32) * np.float32(levels.scale / 2)
@@ -100,7 +112,7 @@ def test_the_kernel_computes_its_reference(
 
 
 def test_its_loop_is_dot_products_by_element_and_one_look_up() -> None:
-    schedule = DotSchedule(16, 4, 2, native=True)
+    schedule = DotSchedule(16, 4, 2, own=False, native=True)
     text = tir.compile_object(dot.build(schedule, Epilogue()), "kernel", cpu("cortex-a76").level.tvm_target)[1]
     (loop,) = ["\n".join(body) for body in mca.inner_loops(text) if any("sdot" in line for line in body)]
     assert len(re.findall(r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]", loop)) == 64
