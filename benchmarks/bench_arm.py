@@ -1,4 +1,4 @@
-"""What can be said of ARM without a board: instructions under QEMU, inner loops by llvm-mca, where sparse wins.
+"""What is known of ARM without a board: errors and instructions under QEMU, loops by llvm-mca, where sparse wins.
 
 `python benchmarks/bench_arm.py`. Needs qemu-aarch64 (Debian's qemu-user), a C compiler here for the plugin that counts,
 and ziglang or aarch64-linux-gnu-gcc.
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import torch
+from timing import Results, Row
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-import arm_tools  # building and running packages, as the tests do
+import arm_cases  # building and running packages, as the tests do
+import arm_tools
 import onnx_cases
 
 import sparsecomp
@@ -64,18 +69,53 @@ def wins_from(target: ArmTarget, shape: tuple[int, int], tokens: int, window: Wi
     return "never"
 
 
+GOALS = {"unstructured@0.5": 0.60, "unstructured@0.75": 0.33, "unstructured@0.9": 0.17, "8:2:4": 0.56}
+SHARES = {"panel_16_4": 0.80, "panel_8_8": 0.80, "rows_4.shared": 0.70, "rows_4.own": 0.70}
+MODELS: dict[str, tuple[Callable[[], arm_cases.Case], str]] = {
+    "MiniLM, 70 % zeros": (arm_cases.minilm, "float32"),
+    "EfficientNet-Lite0, 70 % zeros": (arm_cases.efficientnet, "float32"),
+    "paraphrase model, 80 % zeros": (arm_cases.paraphrase, "float32"),
+    "paraphrase model, QDQ": (arm_cases.quantised_paraphrase, "float32"),
+    "EfficientNet-Lite0, 70 % zeros, float16": (arm_cases.efficientnet, "float16"),
+}
+
+
+def error(case: arm_cases.Case, dtype: str, folder: Path) -> tuple[float, dict[str, int]]:
+    """The largest error of an output against ONNX Runtime, of the largest value, and sites by kernel."""
+    model, feeds = case
+    shapes = {name: value.shape for name, value in feeds.items()}
+    report = sparsecomp.export(model, output=folder, shapes=shapes, dtype=dtype)
+    expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feeds)
+    program = arm_tools.build(folder, arm_tools.cross_compiler())
+    found = arm_tools.run(program, list(feeds.values()), expected, arm_tools.emulator())
+    worst = max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in zip(found, expected, strict=True))
+    return float(worst), dict(Counter(choice.chosen.kernel for choice in report.plan))
+
+
 def main() -> None:
-    print(f"Linear {INPUTS} to {OUTPUTS}, {TOKENS} tokens, one thread, code for cortex-a76: instructions under QEMU")
-    dense = 0
+    results = Results("arm")
+    results.notes.append(
+        f"Linear {INPUTS} to {OUTPUTS}, {TOKENS} tokens, one thread, code for cortex-a76: instructions of one call "
+        f"under QEMU, over those of dense float32; QDQ models with the quantisation of their output. Inner loops by "
+        f"llvm-mca {cost.llvm_mca_version()}. No board was measured."
+    )
     with tempfile.TemporaryDirectory() as folder:
-        for pattern in PATTERNS:
-            count, chosen = instructions(pattern, Path(folder))
-            dense = dense or count
-            print(f"  {pattern:18} {chosen:22} {count / 1e6:8.2f} million  {count / dense:.3f} of dense")
-        print("  the same as a QDQ model, with the quantisation of its output:")
-        for pattern in INTEGERS:
-            count, chosen = instructions(pattern, Path(folder), integers=True)
-            print(f"  {pattern:18} {chosen:22} {count / 1e6:8.2f} million  {count / dense:.3f} of dense in float32")
+        for name, (make, dtype) in MODELS.items():
+            worst, chosen = error(make(), dtype, Path(folder))
+            goal = 1e-4 if dtype == "float32" else None
+            results.add(Row(f"error, {name}", worst, "of the largest value", goal, at_most=True, details=chosen))
+        dense = 0
+        for integers, patterns in ((False, PATTERNS), (True, INTEGERS)):
+            for pattern in patterns:
+                count, kernel = instructions(pattern, Path(folder), integers=integers)
+                dense = dense or count
+                goal = None if integers else GOALS.get(pattern)
+                details = {"kernel": kernel, "million instructions": count / 1e6}
+                case = f"instructions, {pattern}{', QDQ' * integers}"
+                results.add(Row(case, count / dense, "of dense", goal, at_most=True, details=details))
+    for loop, goal in SHARES.items():
+        share = cost.fmla_share(cpu("neoverse-n1"), loop)
+        results.add(Row(f"multiply-adds on neoverse-n1, {loop}", share, "of issue slots", goal))
     print(f"\nMultiply-adds started, of those that the CPU could start, by llvm-mca {cost.llvm_mca_version()}")
     print(f"  {'':12} " + " ".join(f"{loop:>14}" for loop in LOOPS))
     for name in cpu_names():
@@ -92,6 +132,7 @@ def main() -> None:
         found = [wins_from(ArmTarget(cpu(name)), *case) for case in cases.values()]
         paired, alone = (cost.loop_cycles(cpu(name), f"rows_4.{kind}") for kind in ("shared", "own"))
         print(f"  {name:12} " + " ".join(f"{text:>24}" for text in (*found, f"{paired / 2 / alone:.2f}")))
+    results.finish()
 
 
 if __name__ == "__main__":

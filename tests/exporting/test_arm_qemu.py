@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import arm_cases
 import arm_tools
-import models
 import numpy as np
 import onnx
 import onnx_cases as cases
@@ -16,7 +16,6 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper
-from torch import nn
 
 import sparsecomp
 from sparsecomp.patterns import Pattern
@@ -41,14 +40,8 @@ def kernels(report: sparsecomp.Report) -> set[str]:
     return {choice.chosen.kernel for choice in report.plan}
 
 
-def onnx_of(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
-    program = torch.onnx.export(model.eval(), inputs, dynamo=True, verbose=False)
-    assert program is not None
-    return program.model_proto
-
-
 def test_paraphrase_model(tmp_path: Path) -> None:
-    report = check(cases.pruned(cases.paraphrase(), 0.8), cases.token_feeds(1, 16), tmp_path)
+    report = check(*arm_cases.paraphrase(), tmp_path)
     assert "rows" in kernels(report)
 
 
@@ -66,34 +59,13 @@ def test_paraphrase_model_of_any_batch_and_length(tmp_path: Path) -> None:
             cases.close(given, wanted, TOLERANCE)
 
 
-class LastHiddenState(nn.Module):
-    """BERT with one tensor as its output."""
-
-    def __init__(self, bert: nn.Module) -> None:
-        super().__init__()
-        self.bert = bert
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.bert(ids, mask)[0]  # type: ignore[no-any-return]
-
-
 @pytest.mark.slow
 def test_minilm(tmp_path: Path) -> None:
-    bert, _ = models.minilm()
-    sparsecomp.sparsify_(bert, "unstructured@0.7")
-    ids = models.token_ids(1, 32)
-    inputs = (ids, torch.ones_like(ids))
-    model = onnx_of(LastHiddenState(bert), inputs)
-    feeds = dict(zip((value.name for value in model.graph.input), (value.numpy() for value in inputs), strict=True))
-    assert "rows" in kernels(check(model, feeds, tmp_path))
+    assert "rows" in kernels(check(*arm_cases.minilm(), tmp_path))
 
 
 def test_efficientnet_lite0(tmp_path: Path) -> None:
-    network = models.efficientnet_lite0()
-    sparsecomp.sparsify_(network, "unstructured@0.7")
-    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    model = onnx_of(network, (x,))
-    assert "conv" in kernels(check(model, {model.graph.input[0].name: x.numpy()}, tmp_path))
+    assert "conv" in kernels(check(*arm_cases.efficientnet(), tmp_path))
 
 
 def test_threads_of_openmp(tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import arm_cases
 import arm_tools
 import numpy as np
 import onnx
@@ -16,7 +16,6 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import sparsecomp
 from sparsecomp.frontends.onnx_load import load
@@ -105,36 +104,14 @@ def test_of_any_number_of_tokens(tmp_path: Path) -> None:
         as_onnx_runtime(arm_tools.run(program, [x], wanted, sizes=(tokens,))[0], wanted[0])
 
 
-class Reader(CalibrationDataReader):
-    """One batch of token numbers."""
-
-    def __init__(self) -> None:
-        self.batches: Iterator[dict[str, Any]] = iter([cases.token_feeds(1, 16)])
-
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self.batches, None)
-
-
 @pytest.mark.arm
 @pytest.mark.slow
 def test_a_transformer_of_unsigned_activations_runs_in_int8(tmp_path: Path) -> None:
-    onnx.save(cases.paraphrase(), tmp_path / "float.onnx")
-    quantize_static(
-        str(tmp_path / "float.onnx"),
-        str(tmp_path / "quantised.onnx"),
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        extra_options={"WeightSymmetric": True},
-    )
-    model, feeds = onnx.load(tmp_path / "quantised.onnx"), cases.token_feeds(1, 16)
+    model, feeds = arm_cases.quantised_paraphrase()
     shapes = {name: value.shape for name, value in feeds.items()}
-    report = sparsecomp.export(model, output=tmp_path / "package", shapes=shapes)
+    report = sparsecomp.export(model, output=tmp_path, shapes=shapes)
     assert kernels(report) == {"int8"}
-    program = arm_tools.build(tmp_path / "package", arm_tools.cross_compiler())
+    program = arm_tools.build(tmp_path, arm_tools.cross_compiler())
     wanted = expected(model, feeds)
     for given, value in zip(
         arm_tools.run(program, list(feeds.values()), wanted, arm_tools.emulator()), wanted, strict=True
