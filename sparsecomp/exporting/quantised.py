@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from sparsecomp.frontends.onnx import Overlay
+from sparsecomp.frontends.onnx_constants import read_tensor
 from sparsecomp.ir import LinearSite
 from sparsecomp.kernels.dot import Levels
 from sparsecomp.targets.arm.dot import Quantised
@@ -92,16 +93,15 @@ def _dequantize(value: object) -> ir.Node | None:
 
 
 def _parameters(node: ir.Node) -> _Parameters | None:
-    """What a node quantises with; None if that is not constant."""
+    """What a node quantises with; None if that is not constant.
+
+    Raises:
+        ValueError: a constant cannot be read.
+    """
     scale, zero = [*node.inputs, None][1:3]
     scales = None if scale is None else ir.convenience.get_const_tensor(scale)
-    if scales is None:
+    zeros = None if zero is None else ir.convenience.get_const_tensor(zero)
+    if scales is None or (zero is not None and zeros is None):
         return None
-    if zero is None:
-        return _Parameters(scales.numpy().astype(np.float32), np.zeros(1, np.int64), "uint8")
-    zeros = ir.convenience.get_const_tensor(zero)
-    return (
-        None
-        if zeros is None
-        else _Parameters(scales.numpy().astype(np.float32), zeros.numpy().astype(np.int64), str(zeros.numpy().dtype))
-    )
+    points = np.zeros(1, np.uint8) if zeros is None else read_tensor(zeros)
+    return _Parameters(read_tensor(scales).astype(np.float32), points.astype(np.int64), str(points.dtype))

@@ -179,8 +179,9 @@ class DotWeight:
 
     def arrays(self, levels: Levels) -> list[npt.NDArray[np.generic]]:
         """What the kernel takes as `w0`..`w3`; sums begin with what the offset of the levels left out."""
-        sums = np.zeros(self.v * (len(self.starts) - 1), np.int32)
-        sums[: self.shape[0]] = levels.offset * self.unpack().sum(axis=1, dtype=np.int32)
+        of_steps = self.values.sum(axis=(1, 3), dtype=np.int64)
+        until = np.concatenate([np.zeros((1, self.v), np.int64), of_steps.cumsum(axis=0)])[self.starts]
+        sums = (levels.offset * np.diff(until, axis=0)).reshape(-1).astype(np.int32)
         return [self.values, self.picks, self.firsts, np.concatenate([self.starts, sums])]
 
     def terms(

@@ -143,3 +143,15 @@ class TestWhatStaysInFloat32:
 
     def test_few_entries_that_rows_do_not_share(self, tmp_path: Path) -> None:
         assert all(reason.startswith("rows") for reason in self.reasons(quantised("unstructured@0.95"), tmp_path))
+
+
+@needs_x86
+def test_the_plan_of_a_package_can_be_given_back(tmp_path: Path) -> None:
+    model = quantised("16:2:4")
+    first = sparsecomp.export(model, output=tmp_path, target="host", shapes={"x": (33, 128)})
+    plan = {"plan": tmp_path / "plan.json"}
+    again = sparsecomp.export(model, output=tmp_path, target="host", shapes={"x": (33, 128)}, options=plan)
+    assert [choice.chosen for choice in again.plan] == [choice.chosen for choice in first.plan]
+    assert kernels(again) == {"int8"}
+    excluded = sparsecomp.export(model, output=tmp_path, target="host", options={"exclude": "."})
+    assert kernels(excluded) == {"dense"}
