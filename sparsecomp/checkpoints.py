@@ -144,7 +144,7 @@ def _unfold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if stem not in stems or part not in ("shape", "compressed", "bitmask", "row_offsets"):
             result[name] = tensor
         elif part == "bitmask":
-            # sparse-bitmask keeps the name of the weight, sparse-24-bitmask that of its module.
+            # By the name of its module; older versions of sparse-bitmask have that of the weight.
             weight = stem if stem.endswith(".weight") else f"{stem}.weight"
             result[weight] = _unfold_one(stem, tensor, tensors.get(f"{stem}.shape"), tensors.get(f"{stem}.compressed"))
     return result
