@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import sparsecomp
-from sparsecomp.skipping import emulate
+from sparsecomp.skipping import compiled_forward, emulate
 from sparsecomp.skipping.generate import perplexity
 
 
@@ -70,13 +70,12 @@ def main() -> None:
     print(f"perplexity {value:.2f}, dense {dense:.2f}; {rates.mean():.0%} skipped")
 
     prompt = tokenizer("The old lighthouse keeper climbed the stairs, and", return_tensors="pt")
-    eager = model.forward
     for name, options in (("inductor", None), ("sparse", {"skip": skips})):
-        compile_forward: Any = torch.compile
-        model.forward = compile_forward(eager, backend=name, options=options, isolate_recompiles=True)
+        model.forward = compiled_forward(model, name, options)
         write(model, prompt, arguments.cache)  # compiles: once for the prompt, once for a token
         ids, rate = write(model, prompt, arguments.cache)
         print(f"\n{name}: {rate:.1f} tokens per second\n{tokenizer.decode(ids, skip_special_tokens=True)}")
+        del model.forward
 
 
 if __name__ == "__main__":

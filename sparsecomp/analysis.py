@@ -413,6 +413,8 @@ def gradient_reason(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str | 
             )
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
+        if isinstance(value, torch.nn.Parameter):
+            continue  # one that is converted keeps the mark, also where nothing is recorded
         if node.op not in ("placeholder", "get_attr") and isinstance(value, Tensor) and value.requires_grad:
             return f"the graph enables gradients itself, first at {node.name}, so that it runs as under Inductor"
     return None

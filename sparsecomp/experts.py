@@ -1,10 +1,12 @@
-"""Experts that transformers keeps in one weight, taken apart into linears, so that they are sites like any other."""
+"""Experts of mixtures as linears of one operation, so that they are sites like any other and leave a graph whole."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,20 +74,62 @@ class SplitExperts(nn.ModuleList):
             top_k_index: numbers of experts, `[tokens, picked]`.
             top_k_weights: `[tokens, picked]`.
         """
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            first = [expert.get_submodule(self.first).get_parameter("weight") for expert in self]
-            down = [expert.get_submodule(_DOWN).get_parameter("weight") for expert in self]
-            gated = self.first == "gate_up_proj"
-            arguments = (hidden_states, top_k_index, top_k_weights, first, down, gated, self.activation, DENSE_EXPERTS)
-            found: Tensor = torch.ops.sparsecomp.experts.default(*arguments)
-            return found
-        out = torch.zeros_like(hidden_states)
-        # All of them, also those that no token picked: hooks that collect inputs then see every linear run.
-        for number, expert in enumerate(self):
-            token, place = torch.where(top_k_index == number)
-            part = expert(hidden_states[token]) * top_k_weights[token, place, None]
-            out = out.index_add(0, token, part.to(out.dtype))
-        return out
+        kind = _Kind(self.first, _DOWN, self.activation)
+        return _mixture(kind, list(self), hidden_states, top_k_index, top_k_weights)
+
+
+class MaskedExperts(nn.ModuleDict):
+    """The experts of Switch Transformers, which are linears of their own and are picked by masks.
+
+    As transformers writes it, their number of tokens decides what is called, which is a break in the graph.
+    """
+
+    def __init__(self, experts: Mapping[str, nn.Module], activation: str) -> None:
+        """Hold the experts `wo(act(wi(x)))` under their names."""
+        super().__init__(experts)
+        self.activation = activation
+
+    def forward(self, hidden_states: Tensor, selected_experts: Tensor, routing_weights: Tensor) -> Tensor:
+        """The picked expert of every token, weighted; 0 for a token without one.
+
+        Args:
+            hidden_states: `[tokens, I]`.
+            selected_experts: `[tokens, 1, experts]`, 1 for the one that was picked.
+            routing_weights: `[tokens, 1]`.
+        """
+        mask = selected_experts.reshape(hidden_states.shape[0], len(self)).bool()
+        # A token beyond the capacity of its expert has none.
+        index = torch.where(mask.any(dim=-1), mask.int().argmax(dim=-1), len(self)).unsqueeze(1)
+        kind = _Kind("wi", "wo", self.activation)
+        return _mixture(kind, list(self.values()), hidden_states, index, routing_weights)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The names of the linears of an expert, and its activation."""
+
+    first: str
+    down: str
+    activation: str
+
+
+def _mixture(kind: _Kind, experts: Sequence[nn.Module], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The experts that `index [T, K]` picks of x `[T, I]`, each times its weight."""
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and not experts[0].training:
+        first, down = (
+            [expert.get_submodule(part).get_parameter("weight") for expert in experts]
+            for part in (kind.first, kind.down)
+        )
+        gated = kind.first == "gate_up_proj"
+        arguments = (x, index, weights, first, down, gated, kind.activation, DENSE_EXPERTS)
+        found: Tensor = torch.ops.sparsecomp.experts.default(*arguments)
+        return found
+    out = torch.zeros_like(x)
+    # All of them, also those that no token picked: hooks that collect inputs then see every linear run.
+    for number, expert in enumerate(experts):
+        token, place = torch.where(index == number)
+        out = out.index_add(0, token, (expert(x[token]) * weights[token, place, None]).to(out.dtype))
+    return out
 
 
 def split_experts_(model: nn.Module) -> list[str]:
@@ -94,7 +138,8 @@ def split_experts_(model: nn.Module) -> list[str]:
     Transformers 5 keeps the experts of a layer in one weight `[experts, O, I]`, and its products gather from it or sort
     tokens by expert. Afterwards `experts.3.down_proj` is an `nn.Linear` whose weight shares memory with what was there,
     and under `torch.compile` a layer's experts are one operation. `state_dict` is as before, so checkpoints are too.
-    Call it before compiling, and before an optimiser is made.
+    Experts of Switch Transformers are linears already; these become one operation. Call it before compiling, and before
+    an optimiser is made.
 
     Args:
         model: any module; a model without such experts stays as it is.
@@ -133,6 +178,9 @@ def _split(model: nn.Module) -> dict[str, nn.Module]:
     """What was replaced, by its name."""
     found = {}
     for name, module in _modules(model):
+        if (masked := _masked(module)) is not None:
+            _replace(model, name, masked)
+            found[name] = module
         weights = _stacked(module)
         if weights is None:
             continue
@@ -152,6 +200,21 @@ def _modules(model: object) -> list[tuple[str, nn.Module]]:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+def _masked(module: nn.Module) -> MaskedExperts | None:
+    """What takes the place of the experts of Switch Transformers, None for any other module."""
+    if not isinstance(module, nn.ModuleDict) or isinstance(module, MaskedExperts) or not len(module):
+        return None
+    if list(inspect.signature(module.forward).parameters) != ["hidden_states", "selected_experts", "routing_weights"]:
+        return None
+    linears = [getattr(expert, part, None) for expert in module.values() for part in ("wi", "wo")]
+    activation = _activation(getattr(next(iter(module.values())), "act", None))
+    if activation is None or not all(isinstance(linear, nn.Linear) and linear.bias is None for linear in linears):
+        return None
+    result = MaskedExperts(dict(module.items()), activation)
+    result.train(module.training)
+    return result
 
 
 def _stacked(module: nn.Module) -> tuple[str, nn.Parameter, nn.Parameter] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sparsecomp
 from sparsecomp.backend import compilations
-from sparsecomp.skipping import emulate
+from sparsecomp.skipping import SkipChoice, SkipForm, SkipPlan, emulate
 
 transformers = pytest.importorskip("transformers")
 
@@ -214,6 +214,34 @@ def test_experts_skip_as_emulated(form: str) -> None:
     # Two of the four experts ran.
     assert sum("not run yet" in reason for reason in seen) == 4
     assert len(seen) == 8
+
+
+def switch() -> tuple[nn.Module, Tensor]:
+    """A layer of Switch Transformers whose experts take at most three tokens, and an input."""
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(d_model=64, d_ff=512, num_experts=4, expert_capacity=3)
+    module = transformers.models.switch_transformers.modeling_switch_transformers.SwitchTransformersSparseMLP(config)
+    model = nn.ModuleDict({"mlp": module}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model, torch.randn(1, 12, 64)
+
+
+def test_experts_of_switch_transformers_are_one_operation_and_skip_zeros() -> None:
+    model, x = switch()
+    state = list(model.state_dict())
+    want = output(model["mlp"], x)
+    assert (want == 0).all(dim=-1).any()
+    assert sparsecomp.split_experts_(model) == ["mlp.experts"]
+    assert list(model.state_dict()) == state
+    assert is_close(output(model["mlp"], x), want)
+    relu = SkipPlan.of(SkipChoice(f"experts.expert_{number}", SkipForm("relu")) for number in range(4))
+    fast = compiled(model["mlp"], skip=relu)
+    assert is_close(output(fast, x), want)
+    assert is_close(output(fast, x[:, :1]), output(model["mlp"], x[:, :1]))
+    reasons = [choice.reason for choice in sparsecomp.explain(fast, x[:, :1]).plan]
+    assert sum("skips relu of experts.expert_" in reason and "skipped so far" in reason for reason in reasons) >= 2
 
 
 def test_dense_experts_are_left_to_one_op() -> None:
