@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -160,7 +163,8 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
     before = os.environ.get(_WEIGHTS_ONLY)
     os.environ[_WEIGHTS_ONLY] = "1"
     try:
-        return torch.export.load(path)
+        with _quiet():
+            return torch.export.load(path)
     except Exception as error:  # whatever the loader raises for what is no program
         raise ValueError(f"{path} is no program of torch.export that can be read without pickle: {error}") from error
     finally:
@@ -170,11 +174,25 @@ def _load_program(path: Path) -> torch.export.ExportedProgram:
             os.environ[_WEIGHTS_ONLY] = before
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what PyTorch says of itself: packages that are not installed, calls of its own that will change."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _from_torch(
     model: nn.Module | torch.export.ExportedProgram, inputs: tuple[Any, ...] = (), dynamic_shapes: Any = None
 ) -> ir.Model:
     """A module or an exported program as ONNX, by PyTorch's exporter."""
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         made = torch.onnx.export(model, inputs, dynamo=True, verbose=False, dynamic_shapes=dynamic_shapes)
     if made is None:
         raise ValueError(f"PyTorch's ONNX exporter gave nothing for {type(model).__name__}")
