@@ -23,11 +23,12 @@ DOT_TILES = {4: (1, 2, 4, 8), 8: (1, 2, 4, 8), 16: (1, 2, 4)}
 WINDOWS = (2, 4)
 """Vectors of inputs that a step of a sparse weight picks its columns from."""
 _MOST_INPUTS = 1 << 16  # sums of more products of bytes might not fit 32 bits
+_MOST_WEIGHTS = 1 << 30  # more, with what fills up panels and steps, might not be addressed by 32 bits
 
 
 def candidates(facts: WeightFacts, allowed: Collection[str] | None) -> list[Candidate]:
     """The ways to compute a weight in int8: dense, panels of rows that share their columns, rows of N:M."""
-    if facts.in_features > _MOST_INPUTS:
+    if facts.in_features > _MOST_INPUTS or facts.in_features * facts.out_features > _MOST_WEIGHTS:
         return []
     found = [Candidate(INT8, DENSE.pattern, (("v", DENSE_V), ("window", 1)))]
     for v in DOT_TILES:
