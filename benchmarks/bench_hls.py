@@ -42,7 +42,7 @@ def layers(pattern: str, count: int) -> float:
         )
         layer = network.layers[0]
         assert isinstance(layer, Linear)
-        option = hls_designs.random_tile(rng, layer, pattern, layer.out(network.shape))
+        option = hls_designs.random_tile(rng, layer, pattern, network.shape)
         made.append(hls_designs.built(network, [option]))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,9 @@
-"""FPGA designs at the level of registers: verilator against the integer reference, and slices mapped by yosys.
+"""FPGA designs at the level of registers: verilator against the integer reference, and cells mapped by yosys.
 
 `python benchmarks/bench_hls_rtl.py`, with the extra `fpga`: the feed-forward block of MiniLM (2:4) and a
-digits network (2:4 but its first layer) whole, 1000 vectors each, then the tile loops of the block's layers at equal
-interval. It fails where a simulated value differs. A few minutes, most of them in yosys.
+digits network (2:4 but its first layer) whole, 1000 vectors each, and the cells of both designs; slices of the block in
+every pattern at equal interval; and how well cells are predicted. It fails where a simulated value differs. Ten minutes
+on one core, most of them in yosys.
 """
 
 from __future__ import annotations
@@ -21,36 +22,38 @@ from timing import Results, Row
 from torch import Tensor, nn
 
 import sparsecomp
-from sparsecomp.hls import dslx
 from sparsecomp.hls.api import export_hls
 from sparsecomp.hls.design import Design
-from sparsecomp.hls.kernel import Tile
 from sparsecomp.hls.network import Linear
-from sparsecomp.hls.rtl import Module, to_verilog
-from sparsecomp.hls.rtl_tools import build_simulation, map_cells, simulate_rtl
+from sparsecomp.hls.rtl import modules, rtl_project, to_verilog
+from sparsecomp.hls.rtl_tools import build_simulation, map_cells, map_slices, simulate_rtl
+from sparsecomp.targets.hls.cells import fold_errors, kinds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import hls_digits
 
-TILES = {
-    "dense": Tile(8, 48),
-    "2:4": Tile(8, 12, 2, 4),
-    "16:2:4": Tile(16, 6, 2, 4, 16),
-    "1:4": Tile(8, 12, 1, 4),
-}
-"""Tiles that take a weight of 1536 x 384 of their pattern in 1536 trips."""
+FAMILY = "xcup"
+BLOCKS = {"dense": 800, "2:4": 400, "16:2:4": 400, "1:4": 200}
+"""Slices that the block of a pattern may take: each then has an interval of 24576 cycles."""
 GOALS = {"2:4": 0.55, "16:2:4": 0.55, "1:4": 0.3}
 """Slices over those of dense."""
 
 
-def feed_forward() -> tuple[Design, npt.NDArray[np.int8]]:
+def feed_forward(pattern: str) -> Design:
+    """The block, pruned by magnitude."""
     torch.manual_seed(0)
     samples = nn.functional.layer_norm(torch.randn(64, 384), (384,)).numpy()
     with tempfile.TemporaryDirectory() as folder:
-        made = export_hls(block("2:4"), output=folder, part="xcvu9p", calibration={"x": samples}, max_dsp=400)
+        return export_hls(
+            block(pattern), output=folder, part="xcvu9p", calibration={"x": samples}, max_dsp=BLOCKS[pattern]
+        )
+
+
+def rows(made: Design) -> npt.NDArray[np.int8]:
+    """At least 1000 inputs of the block, in calls."""
     calls = -(-1000 // ROWS)
     x = nn.functional.layer_norm(torch.randn(ROWS * calls, 384), (384,)).numpy()
-    return made, made.network.quantise(x).reshape(calls, ROWS, 384)
+    return made.network.quantise(x).reshape(calls, ROWS, 384)
 
 
 def digits(model: nn.Module, pattern: str) -> tuple[nn.Module, Design]:
@@ -128,16 +131,41 @@ def simulate(results: Results, name: str, made: Design, inputs: npt.NDArray[np.i
     results.add(Row(f"{name}, kept products", use, "a DSP and simulated cycle", 0.9, details={"DSP": made.dsp}))
 
 
-def cells(results: Results) -> None:
-    """Map the loops of `TILES`."""
+def whole(results: Results, name: str, made: Design) -> None:
+    """Map a whole design, none of whose modules is in the sweep that predictions are fitted to."""
+    files = {file: content.decode() for file, content in rtl_project(made).items()}
+    verilog = "".join(text for file, text in files.items() if file.endswith(".v"))
+    memories = {file: text for file, text in files.items() if file.endswith(".hex")}
+    found = map_cells(verilog, ["top"], FAMILY, memories)[0]
+    for cell, predicted in (("LUT", made.cells.lut), ("FF", made.cells.ff)):
+        details = {"mapped": found[cell], "predicted": round(predicted)}
+        error = 100 * abs(predicted / found[cell] - 1)
+        results.add(Row(f"{name}, {cell} mapped", error, "% error", 20, True, details))
+    for cell, counted in (("DSP", made.cells.dsp), ("RAMB18", made.cells.ramb18)):
+        details = {"mapped": found[cell], "predicted": counted}
+        results.add(Row(f"{name}, {cell} mapped", abs(counted - found[cell]), "error", 0, True, details))
+
+
+def slices(results: Results, designs: dict[str, Design]) -> None:
+    """Slices of the whole block, in every pattern at equal interval."""
     dense = 0
-    for pattern, tile in TILES.items():
-        module = Module("multiply", "multiply", 32 * tile.rows, dslx.multiply(tile))
-        found = map_cells(to_verilog(module), "multiply", "xcup")
-        dense = dense or found["DSP"]
-        details = {"DSP": found["DSP"], "multipliers": tile.rows * tile.lanes, "LUT": found["LUT"], "FF": found["FF"]}
-        share = found["DSP"] / dense
-        results.add(Row(f"tile loop, {pattern}, mapped", share, "DSP over dense", GOALS.get(pattern), True, details))
+    for pattern, made in designs.items():
+        processes = {module.name: to_verilog(module) for module in modules(made, {}) if module.source}
+        found = sum(map_slices("".join(processes.values()), [*processes], FAMILY))
+        dense = dense or found
+        details = {"DSP": found, "predicted": made.dsp, "interval": made.cycles[1]}
+        case = f"feed-forward block, {pattern}, slices mapped"
+        results.add(Row(case, found / dense, "DSP over dense", GOALS.get(pattern), True, details))
+
+
+def folds(results: Results) -> None:
+    """Cells of the units of the sweep, each predicted from a fit without its fold."""
+    for cell in ("LUT", "FF"):
+        found = {kind: 100 * np.abs(fold_errors(kind, cell)) for kind in kinds()}
+        every = np.concatenate([*found.values()])
+        details: dict[str, float] = {f"{kind} %": round(float(errors.mean()), 1) for kind, errors in found.items()}
+        details |= {"units": len(every), "within 20 %": round(float(np.mean(every <= 20)), 3)}
+        results.add(Row(f"{cell} of units, 5 folds", float(every.mean()), "% mean error", 20, True, details))
 
 
 def main() -> None:
@@ -148,14 +176,18 @@ def main() -> None:
         f"feed-forward block of MiniLM, 384 to 1536 to 384, {ROWS} vectors a call, on an xcvu9p; "
         "digits: examples/hls_digits.py, all layers pruned but the first",
         "Verilog by XLS in verilator; cells by synth_xilinx of yosys for UltraScale+; nothing was placed or timed",
-        "digits, 2:4: 16 windows of 72 values, read one value in a cycle, are the interval, so multipliers wait",
-        "tile loops: of a 1536 x 384 layer that takes 1536 trips in every pattern",
+        "slices of the block in other patterns: of its processes, mapped up to the multipliers; memories have none",
+        "units: points of targets/hls/cells.json, 5 folds; tables of 256 values (look_up) are logic of what they hold",
     ]
-    made, inputs = feed_forward()
-    simulate(results, "feed-forward block, 2:4", made, inputs, len(inputs) * ROWS)
+    folds(results)
+    designs = {pattern: feed_forward(pattern) for pattern in BLOCKS}
+    slices(results, designs)
+    inputs = rows(designs["2:4"])
+    simulate(results, "feed-forward block, 2:4", designs["2:4"], inputs, len(inputs) * ROWS)
+    whole(results, "feed-forward block, 2:4", designs["2:4"])
     made, inputs = classify(results)
     simulate(results, "digits, 2:4", made, inputs, len(inputs))
-    cells(results)
+    whole(results, "digits, 2:4", made)
     results.finish()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparsecomp.hls.cpp import project
-from sparsecomp.hls.design import Design, Option, linear_option, options_of
+from sparsecomp.hls.design import Design, Option, linear_options, options_of
 from sparsecomp.hls.kernel import schedule, tiles
 from sparsecomp.hls.network import Layer, Linear, Network, Patches, Requantise, Shape
 from sparsecomp.patterns import Pattern
@@ -43,16 +43,19 @@ def linear(rng: np.random.Generator, weight: np.ndarray, patches: Patches | None
 def built(network: Network, options: Sequence[Option]) -> Design:
     """A design of given options."""
     made = [
-        schedule(layer.weight, option.tile) if isinstance(layer, Linear) and option.tile else None
+        schedule(layer.weight, option.tile, layer.skip is not None)
+        if isinstance(layer, Linear) and option.tile
+        else None
         for layer, option in zip(network.layers, options, strict=True)
     ]
     return Design(network, options, made, part("xczu7ev"))
 
 
-def random_tile(rng: np.random.Generator, layer: Linear, pattern: str, out: Shape) -> Option:
-    """One of the tiles of a pattern."""
+def random_tile(rng: np.random.Generator, layer: Linear, pattern: str, shape: Shape) -> Option:
+    """One of the tiles of a pattern, for a layer that reads a shape."""
     found = tiles(Pattern.parse(pattern), *layer.weight.shape)
-    return linear_option(layer, out, Pattern.parse(pattern), found[int(rng.integers(len(found)))])
+    ways = linear_options(layer, shape, Pattern.parse(pattern), found[int(rng.integers(len(found)))])
+    return ways[int(rng.integers(2))]
 
 
 def random_options(rng: np.random.Generator, network: Network) -> list[Option]:

@@ -49,6 +49,9 @@ def export(
     ] = None,
     vectors: Annotated[int, typer.Option(help="hls: rows of a call, where the model leaves them open.")] = 1,
     rtl: Annotated[bool, typer.Option("--rtl", help="hls: also DSLX and its Verilog, by XLS, in rtl/.")] = False,
+    pareto: Annotated[
+        Path | None, typer.Option(help="hls: a picture to write, least latency for every number of DSP slices.")
+    ] = None,
 ) -> None:
     """Write a package of C, objects and weights that runs a model on a board without Python, PyTorch or TVM.
 
@@ -61,12 +64,13 @@ def export(
         if target == "hls":
             if sizes or plan or exclude or threads != 1 or dtype or ram or flash:
                 raise ValueError(
-                    "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --vectors, --rtl"
+                    "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --vectors, --rtl and "
+                    "--pareto"
                 )
-            _export_hls(model, output, part, clock, calibration, max_dsp, max_latency, vectors, rtl)
+            _export_hls(model, output, part, clock, calibration, max_dsp, max_latency, vectors, rtl, pareto)
             return
-        if calibration or max_dsp is not None or max_latency is not None or rtl:
-            raise ValueError("--calibration, --max-dsp, --max-latency and --rtl belong to --target hls")
+        if calibration or max_dsp is not None or max_latency is not None or rtl or pareto:
+            raise ValueError("--calibration, --max-dsp, --max-latency, --rtl and --pareto belong to --target hls")
         try:
             from sparsecomp.exporting.api import export as write
         except ModuleNotFoundError as error:
@@ -97,6 +101,7 @@ def _export_hls(
     max_latency: str | None,
     vectors: int,
     rtl: bool,
+    pareto: Path | None,
 ) -> None:
     try:
         from sparsecomp.hls.api import export_hls
@@ -112,6 +117,9 @@ def _export_hls(
         max_latency=max_latency,
         vectors=vectors,
         rtl=rtl,
+        pareto=pareto,
     )
     print(made)
+    if pareto is not None:
+        print(f"drawn in {pareto}")
     print(f"written to {output}; make -C {output} csim simulates it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from sparsecomp.hls.cpp import project
 from sparsecomp.hls.design import Design, design
 from sparsecomp.hls.importing import network_of
 from sparsecomp.hls.network import HIGH, LOW, Network
+from sparsecomp.hls.pareto import front
 from sparsecomp.hls.quantise import is_quantised, quantise
 from sparsecomp.hls.rtl import rtl_project
 from sparsecomp.packages import write_package
@@ -27,6 +29,7 @@ from sparsecomp.targets.hls import part as part_of
 DEFAULT_PART = "xczu7ev"
 DEFAULT_CLOCK_NS = 5.0
 _RECORDED = 8
+_PICTURES = (".png", ".svg", ".pdf")
 _UNITS = {"ns": 1.0, "us": 1e3, "ms": 1e6, "s": 1e9}
 
 
@@ -42,6 +45,7 @@ def export_hls(
     patterns: Sequence[str] | None = None,
     vectors: int = 1,
     rtl: bool = False,
+    pareto: str | os.PathLike[str] | None = None,
 ) -> Design:
     """Write a project of HLS C++ for an ONNX model.
 
@@ -57,6 +61,8 @@ def export_hls(
         patterns: printed patterns that may be used; every one that a weight satisfies if None.
         vectors: rows of one call, where the model leaves them open.
         rtl: whether the folder `rtl` gets the design as DSLX and as the Verilog that XLS makes of it.
+        pareto: a picture to write, .png, .svg or .pdf: the least latency for every number of DSP slices of the part
+            (`sparsecomp.hls.pareto.front`).
 
     Returns:
         The design: its network is the integer reference, its options say what was chosen.
@@ -72,6 +78,7 @@ def export_hls(
     for name, value in (("max_dsp", max_dsp), ("vectors", vectors)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, given {value}")
+    picture = None if pareto is None else _picture(Path(pareto))
     title = Path(model).name if isinstance(model, (str, os.PathLike)) else "the model"
     samples = _samples(calibration)
     loaded = load(model)
@@ -83,8 +90,21 @@ def export_hls(
     files = project(made, _recorded(network, samples), clock_ns=clock_ns)
     if rtl:
         files |= {f"rtl/{name}": content for name, content in rtl_project(made).items()}
+    if picture is not None:
+        front(made, clock_ns=clock_ns, patterns=patterns).plot().figure.savefig(picture)
     write_package(files, Path(output))
     return made
+
+
+def _picture(path: Path) -> Path:
+    """The path, if a picture can be written there."""
+    if path.suffix.lower() not in _PICTURES:
+        raise ValueError(f"pareto must end in {', '.join(_PICTURES)}, given {path.name!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"pareto: there is no folder {str(path.parent)!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("pareto draws with matplotlib: pip install 'sparsecomp[plot]'")
+    return path
 
 
 def _nanoseconds(name: str, given: float | str) -> float:

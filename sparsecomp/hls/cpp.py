@@ -51,6 +51,8 @@ def project(design: Design, inputs: npt.NDArray[np.int8], *, clock_ns: float, na
         "interval": design.cycles[1],
         "dsp": design.dsp,
         "bram": design.bram,
+        "lut": round(design.cells.lut),
+        "ff": round(design.cells.ff),
         "device": design.part.name,
     }
     for file in ("testbench.cpp", "run_hls.tcl", "Makefile", "README.md"):
@@ -69,6 +71,8 @@ def summary(design: Design, clock_ns: float) -> dict[str, Any]:
             "interval": interval,
             "latency_us": cycles * clock_ns / 1e3,
             "dsp": design.dsp,
+            "lut": round(design.cells.lut),
+            "ff": round(design.cells.ff),
             "bram": design.bram,
         },
         "input": {"scale": design.network.scales[0], "zero": design.network.zeros[0]},
@@ -87,8 +91,10 @@ def _row(layer: Layer, option: Option, made: Schedule | None) -> dict[str, Any]:
         row |= {"outputs": layer.weight.shape[0], "inputs": layer.weight.shape[1], "pattern": option.pattern}
         row |= {"rows": tile.rows, "groups": tile.groups, "n": tile.n, "m": tile.m, "shared": tile.shared}
         row |= {"trips": made.trips, "multipliers": tile.rows * tile.lanes, "multiplexers": tile.multiplexers}
+        row |= {"requantised": "bit by bit" if option.serial else "with a multiplier"}
         row |= {"kept_per_multiplier_and_trip": round(made.nonzeros / (tile.rows * tile.lanes * made.trips), 4)}
-    return row | {"interval": option.cost.interval, "dsp": option.cost.dsp, "bram": option.cost.bram}
+    cells = {"dsp": option.cells.dsp, "lut": round(option.cells.lut), "ff": round(option.cells.ff)}
+    return row | {"interval": option.cost.interval, **cells, "bram": option.cells.ramb18 / 2}
 
 
 def _top_header(design: Design, name: str) -> str:
@@ -128,6 +134,8 @@ def _top(design: Design, name: str) -> str:
             call = f"pool<{space}Layer{at}, {space}Patches{at}>({source}, {target})"
         elif layer.patches is not None:
             call = f"convolution<{space}Layer{at}, {space}Patches{at}>({source}, {target})"
+        elif layer.skip is not None:
+            call = f"queued<{space}Layer{at}>({source}, {target})"
         else:
             call = f"linear<{space}Layer{at}>({source}, {target})"
         lines.append(f"    sparse::{call};")
@@ -142,9 +150,9 @@ def _weights(design: Design, name: str) -> str:
         if isinstance(layer, Lookup):
             parts.append(f"static const int8_t table{at}[256] = {{{_numbers(layer.table)}}};")
         elif isinstance(layer, Pool):
-            parts += [_pool(layer, at), _patches(layer.patches, shapes[at], at)]
+            parts += [_pool(layer, at, shapes[at + 1]), _patches(layer.patches, shapes[at], at)]
         elif made is not None:
-            parts.append(_linear(layer, made, at, shapes[at + 1]))
+            parts.append(_linear(layer, made, design.options[at].serial, at, shapes[at + 1]))
             if layer.patches is not None:
                 parts.append(_patches(layer.patches, shapes[at], at))
     return "\n".join([*parts, "}", ""])
@@ -155,19 +163,17 @@ def _constants(values: dict[str, int]) -> str:
 
 
 def _patches(patches: Patches, shape: Shape, at: int) -> str:
-    rows, columns = patches.out(shape)
     values = {"HEIGHT": shape.height, "WIDTH": shape.columns, "CHANNELS": shape.width}
     values |= {"KERNEL_ROWS": patches.kernel[0], "KERNEL_COLUMNS": patches.kernel[1]}
     values |= {"STRIDE_ROWS": patches.strides[0], "STRIDE_COLUMNS": patches.strides[1]}
     values |= {"DILATION_ROWS": patches.dilations[0], "DILATION_COLUMNS": patches.dilations[1]}
-    values |= {"TOP": patches.pads[0], "LEFT": patches.pads[1], "FILL": patches.fill}
-    values |= {"OUT_ROWS": rows, "OUT_COLUMNS": columns}
+    values |= dict(zip(("TOP", "LEFT", "BOTTOM", "RIGHT"), patches.pads, strict=True)) | {"FILL": patches.fill}
     return f"struct Patches{at} {{\n{_constants(values)}\n}};"
 
 
-def _pool(layer: Pool, at: int) -> str:
+def _pool(layer: Pool, at: int, out: Shape) -> str:
     rule = layer.requantise
-    values = {"MEAN": int(rule is not None), "BIAS": layer.bias}
+    values = {"MEAN": int(rule is not None), "BIAS": layer.bias, "VALUES": out.values, "SUM_BITS": layer.sum_bits}
     values |= {"FACTOR": int(rule.factors[0]) if rule else 0, "SHIFT": int(rule.shifts[0]) if rule else 1}
     return f"struct Layer{at} {{\n{_constants(values | _range(rule))}\n}};"
 
@@ -176,11 +182,14 @@ def _range(rule: Requantise | None) -> dict[str, int]:
     return {"ZERO": rule.zero, "LOW": rule.low, "HIGH": rule.high} if rule else {"ZERO": 0, "LOW": -128, "HIGH": 127}
 
 
-def _linear(layer: Linear, made: Schedule, at: int, out: Shape) -> str:
+def _linear(layer: Linear, made: Schedule, serial: bool, at: int, out: Shape) -> str:
     tile, width = made.tile, layer.weight.shape[1]
     values = {"INPUTS": width, "OUTPUTS": len(layer.weight), "VECTORS": out.vectors}
     values |= {"ROWS": tile.rows, "LANES": tile.lanes, "N": tile.n, "M": tile.m, "SHARED": tile.shared}
     values |= {"WORD": tile.word, "WORDS": -(-width // tile.word), "TRIPS": made.trips}
+    values |= {"SUM_BITS": layer.sum_bits, "SERIAL": int(serial)}
+    if layer.skip is not None:
+        values |= {"ZERO_IN": layer.skip.zero, "MOST": layer.skip.most}
     lines = [f"struct Layer{at} {{", _constants(values | _range(layer.requantise))]
     flat = made.weights.reshape(made.trips, -1)
     rom = _rom("int8_t", f"[TRIPS][{flat.shape[1]}]", flat, reshape=True)
@@ -195,10 +204,10 @@ def _linear(layer: Linear, made: Schedule, at: int, out: Shape) -> str:
         lines.append(
             f"    static int select(int trip, int s, int l) {{\n{rom}        return rom[trip][s * LANES + l];\n    }}"
         )
-    lines += [_words(made), _lasts(made)]
+    lines += [] if layer.skip is not None else [_words(made), _lasts(made)]
     rule = layer.requantise
     for key, kind, values_of in (
-        ("bias", "int32_t", layer.bias),
+        ("bias", "int32_t", layer.added),
         ("factor", "uint16_t", rule.factors),
         ("shift", "uint8_t", rule.shifts),
     ):

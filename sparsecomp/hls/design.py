@@ -1,25 +1,20 @@
-"""Which tile every layer gets: the fastest pipeline of a number of DSP slices, or the smallest that is fast enough.
-
-For every interval that the pipeline could have, each layer may take the tiles that keep up with it; which of them is a
-multiple-choice knapsack (`sparsecomp.planner.knapsack`), of latency under DSP slices or the other way round.
-"""
+"""A design: for every layer the way that it is built, of all that there are, under what a device holds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil, log2
+from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 
-from sparsecomp.hls.kernel import Schedule, Tile, schedule, tiles, trips_of
-from sparsecomp.hls.network import Linear, Lookup, Network, Pool, Shape
+from sparsecomp.hls.choice import Call, fastest, smallest, undominated
+from sparsecomp.hls.kernel import Schedule, Tile, queued_trips, schedule, tiles, trips_of
+from sparsecomp.hls.network import Linear, Lookup, Network, Patches, Pool, Shape
+from sparsecomp.hls.units import cells_of, linear_units, pool_units
 from sparsecomp.patterns import Pattern, detect
-from sparsecomp.planner.knapsack import Item, solve
-from sparsecomp.targets.hls import LayerCost, Part, cycles_of, linear_cost
-from sparsecomp.targets.hls.cost import DEPTH, REQUANTISE_DSP
-
-_MOST_INTERVALS = 24
+from sparsecomp.targets.hls import Cells, LayerCost, Part, Reading, linear_cost
+from sparsecomp.targets.hls.cost import POOL_DEPTH
 
 
 @dataclass(frozen=True)
@@ -29,14 +24,18 @@ class Option:
     Attributes:
         pattern: that the tile is for.
         tile: of a linear, None for other layers.
-        trips: for every vector.
-        cost: of it.
+        trips: for every vector; of a queue the mean in its sample.
+        cost: cycles.
+        cells: predicted.
+        serial: whether a linear requantises without a multiplier, a value in 16 cycles.
     """
 
     pattern: str
     tile: Tile | None
     trips: int
     cost: LayerCost
+    cells: Cells
+    serial: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,36 +55,52 @@ class Design:
     part: Part
 
     @property
+    def cells(self) -> Cells:
+        """Predicted cells of all layers."""
+        return sum((option.cells for option in self.options), Cells())
+
+    @property
     def dsp(self) -> int:
         """DSP slices of all layers."""
-        return sum(option.cost.dsp for option in self.options)
+        return self.cells.dsp
 
     @property
     def bram(self) -> int:
-        """Block RAMs of all layers."""
-        return sum(option.cost.bram for option in self.options)
+        """Block RAMs of 36 Kbit of all layers."""
+        return -(-self.cells.ramb18 // 2)
 
     @property
     def cycles(self) -> tuple[int, int]:
         """Of one call, and between calls."""
-        return _cycles(self.network, self.options)
+        return call_of(self.network).cycles(self.options)
 
     def table(self) -> str:
         """A line for every layer, in Markdown."""
-        lines = ["| layer | pattern | multipliers | interval | DSP | BRAM |", "| --- | --- | --- | --- | --- | --- |"]
+        lines = [
+            "| layer | pattern | multipliers | interval | DSP | LUT | FF | BRAM |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
         for layer, option in zip(self.network.layers, self.options, strict=True):
             count = option.tile.rows * option.tile.lanes if option.tile else 0
             form = option.pattern or type(layer).__name__.lower()
-            cells = (layer.name.replace("|", " "), form, count, option.cost.interval, option.cost.dsp, option.cost.bram)
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            row = [layer.name.replace("|", " "), form, count, option.cost.interval, option.cells.dsp]
+            row += [round(option.cells.lut), round(option.cells.ff), f"{option.cells.ramb18 / 2:g}"]
+            lines.append(f"| {' | '.join(map(str, row))} |")
         return "\n".join(lines)
 
     def __str__(self) -> str:
         cycles, interval = self.cycles
+        had = self.part.cells
         return (
-            f"{self.table()}\n{self.dsp} of {self.part.dsp} DSP slices and {self.bram} of {self.part.bram} block RAMs "
-            f"of {self.part.name}; {cycles} cycles for a call, {interval} between calls (predicted)"
+            f"{self.table()}\n{self.dsp} of {had.dsp} DSP slices, {self.cells.lut:.0f} of {had.lut} LUT, "
+            f"{self.cells.ff:.0f} of {had.ff} FF and {self.bram} of {had.ramb18 // 2} block RAMs of {self.part.name}; "
+            f"{cycles} cycles for a call, {interval} between calls (predicted)"
         )
+
+
+def call_of(network: Network) -> Call:
+    """What a call of a network reads."""
+    return Call(network.shape.values, network.shape.vectors)
 
 
 def options_of(layer: Linear | Pool | Lookup, shape: Shape, patterns: Sequence[str] | None = None) -> list[Option]:
@@ -98,25 +113,26 @@ def options_of(layer: Linear | Pool | Lookup, shape: Shape, patterns: Sequence[s
     """
     out = layer.out(shape)
     if isinstance(layer, Lookup):
-        return [Option("", None, 1, LayerCost(out.vectors, out.width, 1, False, 0, 0))]
+        reading = Reading.of_vectors(shape.vectors, shape.width)
+        cost = LayerCost(out.vectors, out.width, 1, reading)
+        return [Option("", None, 1, cost, cells_of([("look_up", {})]))]
     if isinstance(layer, Pool):
-        interval = layer.patches.taps * shape.width
-        dsp = REQUANTISE_DSP if layer.requantise is not None else 0
-        return [Option("", None, interval, LayerCost(out.vectors, interval, interval + DEPTH, True, dsp, 0))]
+        cost = LayerCost(out.vectors, shape.width, POOL_DEPTH, _windows(layer.patches, shape))
+        return [Option("", None, shape.width, cost, cells_of(pool_units(layer, shape)))]
     found = []
     for pattern in _patterns(layer, patterns):
-        found += [linear_option(layer, out, pattern, tile) for tile in tiles(pattern, *layer.weight.shape)]
-    kept: list[Option] = []
-    for option in sorted(found, key=_rank):
-        if not kept or option.cost.interval < kept[-1].cost.interval or option.cost.after < kept[-1].cost.after:
-            kept.append(option)
-    return kept
+        for tile in tiles(pattern, *layer.weight.shape):
+            found += linear_options(layer, shape, pattern, tile)
+    return [found[at] for at in undominated(found)]
 
 
-def _rank(option: Option) -> tuple[int, int, int, int]:
-    """Among equals the least multiplexing comes first: rows that share their inputs share what chooses them."""
-    choices = option.tile.multiplexers * option.tile.m if option.tile else 0
-    return option.cost.dsp, option.cost.interval, option.cost.after, choices
+def _windows(patches: Patches, shape: Shape) -> Reading:
+    """How the windows of a picture are read."""
+    reach = patches.reach
+    columns_out = patches.out(shape)[1]
+    return Reading.of_windows(
+        (shape.height, shape.columns), shape.width, reach, patches.pads, patches.strides[0], columns_out
+    )
 
 
 def _patterns(layer: Linear, allowed: Sequence[str] | None) -> list[Pattern]:
@@ -132,32 +148,46 @@ def _allowed(pattern: Pattern, wanted: Sequence[Pattern]) -> bool:
     return any(each.kind == pattern.kind and each.admits(pattern) for each in wanted)
 
 
-def linear_option(layer: Linear, out: Shape, pattern: Pattern, tile: Tile) -> Option:
-    """A linear in a tile of a pattern.
+def linear_options(layer: Linear, shape: Shape, pattern: Pattern, tile: Tile) -> list[Option]:
+    """A linear in a tile of a pattern, requantised with and without a multiplier; none if its queue takes no such tile.
 
     Args:
         layer: to build; its weight need not satisfy the pattern, but then it takes more trips.
-        out: the stream that it gives.
+        shape: the stream that it reads.
         pattern: that the tile is for.
         tile: of its loop.
     """
-    trips = trips_of(layer.weight, tile)
-    select = tile.multiplexers * ceil(log2(tile.m)) if tile.m > 1 else 0
-    cost = linear_cost(
-        vectors=out.vectors,
-        width=layer.weight.shape[1],
-        outputs=layer.weight.shape[0],
-        trips=trips,
-        rows=tile.rows,
-        multipliers=tile.rows * tile.lanes,
-        whole=layer.patches is not None or layer.order is not None,
-        rom_bits=trips * (8 * tile.rows * tile.lanes + select),
-    )
-    return Option(str(pattern), tile, trips, cost)
-
-
-def _cycles(network: Network, options: Sequence[Option]) -> tuple[int, int]:
-    return cycles_of([option.cost for option in options], network.shape.values, network.shape.vectors)
+    out, width = layer.out(shape), layer.weight.shape[1]
+    if layer.skip is not None:
+        trips = queued_trips(layer.weight, tile, layer.skip.stays)
+        stored = -(-len(layer.weight) // tile.rows) * -(-width // tile.word)
+    else:
+        trips = stored = trips_of(layer.weight, tile)
+    if trips is None:
+        return []
+    if layer.patches is not None:
+        reading, chunks = _windows(layer.patches, shape), shape.width
+    else:
+        reading, chunks = Reading.of_vectors(shape.vectors, shape.width, layer.order is not None), width
+    return [
+        Option(
+            str(pattern),
+            tile,
+            trips,
+            linear_cost(
+                vectors=out.vectors,
+                reading=reading,
+                chunks=chunks,
+                outputs=layer.weight.shape[0],
+                trips=trips,
+                rows=tile.rows,
+                serial=serial,
+            ),
+            cells_of(linear_units(layer, shape, tile, stored, serial)),
+            serial,
+        )
+        for serial in (False, True)
+    ]
 
 
 def design(
@@ -180,81 +210,73 @@ def design(
     Raises:
         ValueError: no choice fits; the message names the layer that needs most, or the least cycles.
     """
-    limit = part.dsp if max_dsp is None else min(max_dsp, part.dsp)
+    limits = part.cells if max_dsp is None else replace(part.cells, dsp=min(max_dsp, part.cells.dsp))
     classes = [
         options_of(layer, shape, patterns) for layer, shape in zip(network.layers, network.shapes(), strict=False)
     ]
-    least = [min(option.cost.dsp for option in options) for options in classes]
-    if sum(least) > limit:
-        worst = max(range(len(least)), key=lambda at: least[at])
-        raise ValueError(
-            f"the design needs {sum(least)} DSP slices at least, {sum(least) - limit} more than the {limit} given; "
-            f"layer {network.layers[worst].name!r} needs most, {least[worst]}"
-        )
-    best = _fastest(network, classes, limit)
+    _check(network, classes, limits, part)
+    call = call_of(network)
+    best = fastest(call, classes, limits)
+    if best is None:
+        raise ValueError(_all_at_once(network, classes, limits, part))
+    options = [each[at] for each, at in zip(classes, best, strict=True)]
     if max_cycles is not None:
-        if _cycles(network, best)[0] > max_cycles:
+        if call.cycles(options)[0] > max_cycles:
             raise ValueError(
-                f"a call takes {_cycles(network, best)[0]} cycles on {limit} DSP slices, more than the {max_cycles} "
-                f"given"
+                f"a call takes {call.cycles(options)[0]} cycles on {limits.dsp} DSP slices of {part.name}, more than "
+                f"the {max_cycles} given"
             )
-        best = _smallest(network, classes, max_cycles, best)
+        best = smallest(call, classes, limits, max_cycles, best)
+        options = [each[at] for each, at in zip(classes, best, strict=True)]
     schedules = [
-        schedule(layer.weight, option.tile) if isinstance(layer, Linear) and option.tile is not None else None
-        for layer, option in zip(network.layers, best, strict=True)
+        schedule(layer.weight, option.tile, layer.skip is not None)
+        if isinstance(layer, Linear) and option.tile is not None
+        else None
+        for layer, option in zip(network.layers, options, strict=True)
     ]
-    made = Design(network, best, schedules, part)
-    if made.bram > part.bram:
-        worst = max(range(len(best)), key=lambda at: best[at].cost.bram)
-        raise ValueError(
-            f"the design needs {made.bram} block RAMs of 36 Kbit, {made.bram - part.bram} more than {part.name} has; "
-            f"layer {network.layers[worst].name!r} needs most, {best[worst].cost.bram}"
-        )
-    return made
+    return Design(network, options, schedules, part)
 
 
-def _intervals(classes: Sequence[Sequence[Option]]) -> list[int]:
-    """Cycles of a call that the slowest layer may take, fewest first; thinned where there are many."""
-    spans = sorted({_span(option) for options in classes for option in options})
-    feasible = [span for span in spans if all(any(_span(option) <= span for option in each) for each in classes)]
-    step = -(-len(feasible) // _MOST_INTERVALS)
-    return feasible[::step]
+def _check(network: Network, classes: Sequence[Sequence[Option]], limits: Cells, part: Part) -> None:
+    """Raise where the least that the layers need of one kind of cell is more than there is."""
+    for field, name, unit in _KINDS:
+        least = [min(getattr(option.cells, field) for option in options) / unit for options in classes]
+        limit = getattr(limits, field) / unit
+        if sum(least) > limit:
+            worst = max(range(len(least)), key=lambda at: least[at])
+            given = "given" if getattr(part.cells, field) / unit > limit else f"that {part.name} has"
+            raise ValueError(
+                f"the design needs {_count(sum(least))} {name} at least, {_count(sum(least) - limit)} more than the "
+                f"{_count(limit)} {given}; layer {network.layers[worst].name!r} needs most, {_count(least[worst])}"
+            )
 
 
-def _span(option: Option) -> int:
-    return option.cost.vectors * option.cost.interval
+def _all_at_once(network: Network, classes: Sequence[Sequence[Option]], limits: Cells, part: Part) -> str:
+    """That each kind of cell could be kept, but not all of them; with the layer that takes the largest share of one."""
+    shares = [
+        (min(getattr(option.cells, field) for option in options) / getattr(limits, field), at, name, field, unit)
+        for field, name, unit in _KINDS
+        for at, options in enumerate(classes)
+        if getattr(limits, field)
+    ]
+    _, worst, name, field, unit = max(shares)
+    had = ", ".join(f"{_count(getattr(limits, field) / unit)} {name}" for field, name, unit in _KINDS)
+    needs = min(getattr(option.cells, field) for option in classes[worst]) / unit
+    return (
+        f"no choice of tiles keeps all of {had} at once ({part.name}); layer {network.layers[worst].name!r} takes the "
+        f"largest share of one kind, {_count(needs)} {name} at least"
+    )
 
 
-def _fastest(network: Network, classes: Sequence[Sequence[Option]], limit: int) -> list[Option]:
-    found = []
-    for span in _intervals(classes):
-        within = [[option for option in options if _span(option) <= span] for options in classes]
-        items = [[Item(_own(option), option.cost.dsp) for option in options] for options in within]
-        picked = solve(items, limit)
-        if picked is not None:
-            found.append([options[at] for options, at in zip(within, picked, strict=True)])
-    if not found:  # intervals were thinned: the slowest of all is always possible
-        found.append([min(options, key=lambda option: option.cost.dsp) for options in classes])
-    return min(found, key=lambda options: (_cycles(network, options)[0], sum(option.cost.dsp for option in options)))
+_KINDS = (
+    ("dsp", "DSP slices", 1),
+    ("ramb18", "block RAMs of 36 Kbit", 2),
+    ("lut", "look-up tables", 1),
+    ("ff", "flip-flops", 1),
+)
+"""Cells by field, with how many make one of those that people count."""
 
 
-def _smallest(
-    network: Network, classes: Sequence[Sequence[Option]], cycles: int, fastest: list[Option]
-) -> list[Option]:
-    found = [fastest]
-    for span in _intervals(classes):
-        within = [[option for option in options if _span(option) <= span] for options in classes]
-        items = [[Item(option.cost.dsp, _own(option)) for option in options] for options in within]
-        slowest = [max(options, key=_span) for options in within]
-        shared = _cycles(network, slowest)[0] - sum(map(_own, slowest))
-        picked = solve(items, cycles - shared)
-        if picked is not None:
-            chosen = [options[at] for options, at in zip(within, picked, strict=True)]
-            if _cycles(network, chosen)[0] <= cycles:
-                found.append(chosen)
-    return min(found, key=lambda options: (sum(option.cost.dsp for option in options), _cycles(network, options)[0]))
-
-
-def _own(option: Option) -> int:
-    """What a layer adds to a call's cycles: of one that waits for a picture all of it, else what follows its input."""
-    return option.cost.after + (_span(option) if option.cost.whole else 0)
+def _count(amount: float) -> str:
+    """In halves, rounded up."""
+    return f"{ceil(2 * amount - 1e-6) / 2:.10g}"

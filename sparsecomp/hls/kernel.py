@@ -14,6 +14,7 @@ and a word with more than n nonzeros in a group takes several: that is how block
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from sparsecomp.hls.network import Integers
 from sparsecomp.patterns import Pattern
 
 MOST_MULTIPLIERS = 1024
-"""Of one layer: more is beyond what a reader of one value in a cycle could feed."""
+"""Of one layer."""
 MOST_WORD = 256
 """Inputs that a trip reads at most."""
 _FREE = [(n, 16) for n in (1, 2, 4, 8)]
@@ -97,7 +98,9 @@ class Schedule:
 
 def tiles(pattern: Pattern, out_features: int, in_features: int) -> list[Tile]:
     """The tiles worth a look for a weight of a pattern, of at most `MOST_MULTIPLIERS` multipliers."""
-    sizes, rows_unit = [(pattern.n, pattern.m)], pattern.v
+    # A trip may also take fewer of a group than the pattern keeps, and a word then takes several.
+    sizes = [(n, pattern.m) for n in range(1, pattern.n + 1) if pattern.n % n == 0]
+    rows_unit = pattern.v
     if pattern.kind == "unstructured":
         sizes = _FREE
     elif pattern.kind in ("dense", "block"):
@@ -117,11 +120,12 @@ def tiles(pattern: Pattern, out_features: int, in_features: int) -> list[Tile]:
 
 
 def _sizes(first: int, most: int) -> list[int]:
-    """`first` times powers of two, and times three of these."""
+    """`first` times powers of two, times three of these, and what divides `most`, which leaves no lane without work."""
     powers = [first]
     while powers[-1] * 2 <= most:
         powers.append(powers[-1] * 2)
-    return sorted({*powers, *(size * 3 for size in powers if size * 3 <= most)})
+    divisors = [size for size in range(first, min(most, MOST_MULTIPLIERS) + 1, first) if most % size == 0]
+    return sorted({*powers, *divisors, *(size * 3 for size in powers if size * 3 <= most)})
 
 
 def trips_of(weight: Integers, tile: Tile) -> int:
@@ -129,10 +133,34 @@ def trips_of(weight: Integers, tile: Tile) -> int:
     return int(_counts(_tiled(weight, tile), tile).sum())
 
 
-def schedule(weight: Integers, tile: Tile) -> Schedule:
-    """The trips of a weight `[O, I]`: any weight in any tile, though only some in few trips."""
+def queued_trips(weight: Integers, tile: Tile, stays: npt.NDArray[np.bool_]) -> int | None:
+    """Trips for one vector where a queue holds the words of which an input stays; None if a word takes several.
+
+    Args:
+        weight: `[O, I]`.
+        tile: of the loop.
+        stays: `[samples, I]`, which inputs stayed in a sample: the mean of their trips is given, rounded up.
+    """
+    counts = _counts(_tiled(weight, tile), tile)
+    if counts.max() > 1:
+        return None
+    words = np.pad(stays, ((0, 0), (0, -stays.shape[1] % tile.word))).reshape(len(stays), -1, tile.word).any(axis=2)
+    # A vector of which nothing stays takes a trip of zeros.
+    return ceil(len(counts) * float(np.maximum(words.sum(axis=1), 1).mean()))
+
+
+def schedule(weight: Integers, tile: Tile, every: bool = False) -> Schedule:
+    """The trips of a weight `[O, I]`: any weight in any tile, though only some in few trips.
+
+    Args:
+        weight: `[O, I]`.
+        tile: of the loop.
+        every: whether every word takes one trip in every group of rows, in order, as a queue needs it.
+    """
     tiled = _tiled(weight, tile)
     counts = _counts(tiled, tile)
+    if every:
+        counts = np.maximum(counts, 1)
     starts = (np.cumsum(counts) - counts.reshape(-1)).reshape(counts.shape)
     trips = int(counts.sum())
     kept = _kept(tiled, tile)

@@ -117,15 +117,21 @@ class Patches:
         """Pixels of a window."""
         return self.kernel[0] * self.kernel[1]
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Rows and columns between the first pixel of a window and its last."""
+        return (self.kernel[0] - 1) * self.dilations[0], (self.kernel[1] - 1) * self.dilations[1]
+
+    def padded(self, shape: Shape) -> tuple[int, int]:
+        """Rows and columns of a picture with its padding."""
+        top, left, bottom, right = self.pads
+        return shape.height + top + bottom, shape.columns + left + right
+
     def out(self, shape: Shape) -> tuple[int, int]:
         """Rows and columns of windows."""
-        sizes = (shape.height, shape.columns)
-        top, left, bottom, right = self.pads
         rows, columns = (
-            (size + pad - dilation * (kernel - 1) - 1) // stride + 1
-            for size, pad, dilation, kernel, stride in zip(
-                sizes, (top + bottom, left + right), self.dilations, self.kernel, self.strides, strict=True
-            )
+            (size - reach - 1) // stride + 1
+            for size, reach, stride in zip(self.padded(shape), self.reach, self.strides, strict=True)
         )
         return rows, columns
 
@@ -145,6 +151,28 @@ class Patches:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """Hidden units that a linear leaves out, decided for every vector: those at most `most` steps from the zero point.
+
+    With `most` 0 no number changes: such a unit adds nothing to any sum. A queue of the units that stay makes the time
+    of a layer follow them, as the queues of experts in Edge-MoE (Sarkar et al. 2023, arXiv:2305.18691) do for tokens.
+
+    Attributes:
+        zero: the zero point of what the linear reads.
+        most: steps.
+        stays: bool `[samples, I]`, which units stayed in a sample: what the cost is estimated on.
+    """
+
+    zero: int
+    most: int
+    stays: npt.NDArray[np.bool_]
+
+    def keeps(self, x: Integers) -> npt.NDArray[np.bool_]:
+        """Which values of `[..., I]` stay."""
+        return np.abs(x - self.zero) > self.most
+
+
+@dataclass(frozen=True)
 class Linear:
     """A linear layer, or a convolution if it has patches: `requantise(x @ weight.T + bias)`.
 
@@ -155,6 +183,7 @@ class Linear:
         requantise: of the sums.
         patches: of a convolution.
         order: of a linear that reads a picture as one vector, where each value of the stream belongs: `[I]`; else None.
+        skip: of a linear that leaves out hidden units.
     """
 
     name: str
@@ -163,11 +192,29 @@ class Linear:
     requantise: Requantise
     patches: Patches | None = None
     order: Integers | None = None
+    skip: Skip | None = None
 
     def __post_init__(self) -> None:
-        largest = int(np.max(np.abs(self.weight).sum(axis=1) * -LOW + np.abs(self.bias), initial=0))
-        if largest >= _INT32:
-            raise ValueError(f"layer {self.name!r}: its sums reach {largest}, more than 32 bits hold")
+        if self._largest >= _INT32:
+            raise ValueError(f"layer {self.name!r}: its sums reach {self._largest}, more than 32 bits hold")
+        if self.skip is not None and (self.patches is not None or self.order is not None):
+            raise ValueError(f"layer {self.name!r} reads a picture: units are skipped in linears of vectors only")
+
+    @property
+    def _largest(self) -> int:
+        """No sum, nor a part of one, is beyond it."""
+        most = -LOW if self.skip is None else HIGH - LOW
+        return int(np.max(np.abs(self.weight).sum(axis=1) * most + np.abs(self.added), initial=0))
+
+    @property
+    def sum_bits(self) -> int:
+        """Bits that hold every sum."""
+        return self._largest.bit_length() + 1
+
+    @property
+    def added(self) -> Integers:
+        """What is added to a sum of products: the bias, without the part of the zero point that a queue takes off."""
+        return self.bias if self.skip is None else self.bias + self.skip.zero * self.weight.sum(axis=1)
 
     def out(self, shape: Shape) -> Shape:
         """What the layer makes of a stream."""
@@ -175,7 +222,7 @@ class Linear:
         if self.patches is not None:
             rows, columns = self.patches.out(shape)
             return Shape(rows * columns, width, rows)
-        return Shape(1 if self.order is not None else shape.vectors, width)
+        return Shape(1, width) if self.order is not None else Shape(shape.vectors, width, shape.height)
 
     def run(self, x: Integers, shape: Shape) -> Integers:
         """The layer of `[vectors, width]`."""
@@ -185,6 +232,8 @@ class Linear:
             flat = np.empty(x.size, np.int64)
             flat[self.order] = x.reshape(-1)
             x = flat[None]
+        elif self.skip is not None:
+            x = np.where(self.skip.keeps(x), x, self.skip.zero)
         return self.requantise.run(x @ self.weight.T + self.bias)
 
 
@@ -203,6 +252,11 @@ class Pool:
     patches: Patches
     bias: int = 0
     requantise: Requantise | None = None
+
+    @property
+    def sum_bits(self) -> int:
+        """Bits that hold every sum."""
+        return (self.patches.taps * -LOW + abs(self.bias)).bit_length() + 1
 
     def out(self, shape: Shape) -> Shape:
         """What the layer makes of a stream."""

@@ -18,6 +18,7 @@ from sparsecomp.hls.cpp import resource
 from sparsecomp.hls.design import Design
 from sparsecomp.hls.kernel import Schedule
 from sparsecomp.hls.network import Integers, Linear, Lookup, Patches, Pool, Shape
+from sparsecomp.hls.units import vectors_unit, windows_unit
 
 STAGES = {"multiply": 4, "requantise": 4, "pool": 4, "look_up": 1}
 """Pipeline stages that XLS schedules a process into."""
@@ -78,20 +79,21 @@ def modules(design: Design, files: dict[str, str]) -> list[Module]:
         elif made is not None:
             if layer.patches is not None:
                 chain.append(_windows(name, layer.patches, shapes[at]))
-            chain += _linear(name, layer, made, files)
+            chain += _linear(name, layer, made, design.options[at].serial, files)
     return chain
 
 
-def _linear(name: str, layer: Linear, made: Schedule, files: dict[str, str]) -> list[Module]:
-    tile, (outputs, inputs) = made.tile, layer.weight.shape
+def _linear(name: str, layer: Linear, made: Schedule, serial: bool, files: dict[str, str]) -> list[Module]:
+    tile, (outputs, inputs), sums = made.tile, layer.weight.shape, layer.sum_bits
     bits = dslx.row_bits(tile)
     files[f"{name}_rows.hex"] = _hex(
         [(made.last[:, None], 1), (made.weights, 8), (made.select, dslx.select_bits(tile))], made.trips
     )
-    files[f"{name}_places.hex"] = _hex([(made.words[:, None], 16)], made.trips)
-    parameters: dict[str, int | str] = {"INPUTS": inputs, "WORD": tile.word, "WORDS": -(-inputs // tile.word)}
-    parameters |= {"TRIPS": made.trips, "BITS": bits, "ORDERED": int(layer.order is not None)}
-    parameters |= {"ROWS_FILE": f"{name}_rows.hex", "PLACES_FILE": f"{name}_places.hex"}
+    kind, sizes = vectors_unit(layer, tile, made.trips)
+    parameters: dict[str, int | str] = {**sizes, "ROWS_FILE": f"{name}_rows.hex"}
+    if layer.skip is None:
+        files[f"{name}_places.hex"] = _hex([(made.words[:, None], 16)], made.trips)
+        parameters["PLACES_FILE"] = f"{name}_places.hex"
     if layer.order is not None:
         word, lane = np.divmod(layer.order, tile.word)
         files[f"{name}_order.hex"] = _hex([(lane[:, None], 16), (word[:, None], 16)], inputs)
@@ -99,29 +101,24 @@ def _linear(name: str, layer: Linear, made: Schedule, files: dict[str, str]) -> 
     rule, every = layer.requantise, np.zeros(outputs, np.int64)
     first = (np.arange(outputs) % tile.rows == 0)[:, None]
     fields = [(first, 1), ((every + rule.shifts)[:, None], 6), ((every + rule.factors)[:, None], 16)]
-    files[f"{name}_rules.hex"] = _hex([*fields, ((every + layer.bias)[:, None], 32)], outputs)
+    files[f"{name}_rules.hex"] = _hex([*fields, (layer.added[:, None], 32)], outputs)
     rules = Module(
         f"{name}_rules",
         "cyclic_memory",
         dslx.RULE_BITS,
         parameters={"DEPTH": outputs, "BITS": dslx.RULE_BITS, "FILE": f"{name}_rules.hex"},
     )
+    values = 8 if layer.skip is None else 9
     return [
-        Module(f"{name}_vectors", "vector_memory", bits + 8 * tile.word, parameters=parameters),
-        Module(f"{name}_multiply", "multiply", 32 * tile.rows, dslx.multiply(tile)),
-        Module(f"{name}_requantise", "requantise", 8, dslx.requantise(tile.rows, rule), side=rules),
+        Module(f"{name}_vectors", kind, bits + values * tile.word, parameters=parameters),
+        Module(f"{name}_multiply", "multiply", sums * tile.rows, dslx.multiply(tile, sums, values)),
+        Module(f"{name}_requantise", "requantise", 8, dslx.requantise(tile.rows, rule, sums, serial), side=rules),
     ]
 
 
 def _windows(name: str, patches: Patches, shape: Shape) -> Module:
-    rows, columns = patches.out(shape)
-    parameters: dict[str, int | str] = {"HEIGHT": shape.height, "WIDTH": shape.columns, "CHANNELS": shape.width}
-    parameters |= {"KERNEL_ROWS": patches.kernel[0], "KERNEL_COLUMNS": patches.kernel[1]}
-    parameters |= {"STRIDE_ROWS": patches.strides[0], "STRIDE_COLUMNS": patches.strides[1]}
-    parameters |= {"DILATION_ROWS": patches.dilations[0], "DILATION_COLUMNS": patches.dilations[1]}
-    parameters |= {"TOP": patches.pads[0], "LEFT": patches.pads[1], "FILL": patches.fill}
-    parameters |= {"OUT_ROWS": rows, "OUT_COLUMNS": columns}
-    return Module(f"{name}_windows", "window_memory", 8, parameters=parameters)
+    kind, sizes = windows_unit(patches, shape)
+    return Module(f"{name}_windows", kind, 8 * patches.taps, parameters={**sizes})
 
 
 def _hex(fields: Sequence[tuple[Integers | np.ndarray, int]], depth: int) -> str:

@@ -12,9 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -93,49 +94,88 @@ def simulate_rtl(program: Path, design: Design, inputs: npt.NDArray[np.int8], pa
     return Simulated(outputs, int(ends[0]), interval)
 
 
-def map_cells(verilog: str, module: str, family: str) -> dict[str, int]:
-    """Cells of a module after `synth_xilinx` of yosys: DSP, LUT (any size), FF, CARRY (four bits), BRAM (36 Kbit).
+def map_cells(
+    verilog: str, units: Sequence[str], family: str, memories: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, int]]:
+    """Cells of modules, each flattened and mapped by itself, after `synth_xilinx` of yosys.
 
     Args:
-        verilog: text that holds the module.
-        module: its name.
+        verilog: text that holds the modules.
+        units: their names. All go through one run of yosys, which has seconds to start.
         family: "xc7" or "xcup".
+        memories: contents of what they read by `$readmemh`, by file name.
+
+    Returns:
+        For every module its DSP, LUT (of any size), FF, CARRY (of four bits), LUTRAM and RAMB18. LUTs that hold a
+        memory are LUT and LUTRAM; a block RAM of 36 Kbit is two RAMB18.
 
     Raises:
         ValueError: pyosys is missing, or the family is unknown to it.
+        RuntimeError: yosys refused; what it said.
     """
+    return [_cells(report) for report in _synthesise(verilog, units, family, memories, "")]
+
+
+def map_slices(verilog: str, units: Sequence[str], family: str) -> list[int]:
+    """DSP slices of modules: `map_cells` up to where multipliers and the additions after them are mapped.
+
+    Memories are left out, and with them most of the time.
+    """
+    return [_cells(report)["DSP"] for report in _synthesise(verilog, units, family, {}, " -run begin:map_memory")]
+
+
+def _synthesise(
+    verilog: str, units: Sequence[str], family: str, memories: Mapping[str, str], options: str
+) -> list[str]:
+    """What yosys counts in every unit."""
     if importlib.util.find_spec("pyosys") is None:
         raise ValueError("cells are counted by yosys: pip install 'sparsecomp[fpga]'")
     if family not in _FAMILIES:
         raise ValueError(f"yosys maps {', '.join(_FAMILIES)}, not {family!r}")
+    # Nothing is connected, and nothing may be removed.
+    kept = "".join(f"(* keep *) {name} {name}_kept();\n" for name in units)
     with tempfile.TemporaryDirectory() as folder:
-        source, report = Path(folder) / "in.v", Path(folder) / "stat"
-        source.write_text(verilog)
-        passes = [f"read_verilog {source}", f"synth_xilinx -family {family} -top {module} -noiopad -flatten"]
+        for name, text in {"in.v": f"{verilog}\nmodule units();\n{kept}endmodule\n", **memories}.items():
+            (Path(folder) / name).write_text(text)
+        # Deferred: a module's memories are read when its parameters are known.
+        passes = ["read_verilog -defer in.v", "hierarchy -top units", "proc", f"flatten {' '.join(units)}"]
+        passes += [f"synth_xilinx -family {family} -top units -noiopad{options}", "tee -q -o report stat"]
         # A process of its own: yosys writes all that it does to the standard output of the process that it runs in.
-        command = [sys.executable, "-c", _YOSYS, *passes, f"tee -q -o {report} stat"]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", _YOSYS, *passes]
+        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise RuntimeError(f"yosys failed: {ran.stdout[-1000:]}{ran.stderr[-1000:]}")
-        return _cells(report.read_text())
+        parts = re.split(r"^=== (\S+) ===$", (Path(folder) / "report").read_text(), flags=re.MULTILINE)
+    reports = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return [reports[name] for name in units]
 
 
-_KINDS: Mapping[str, tuple[str, float]] = {
+_KINDS: Mapping[str, tuple[str, int]] = {
     "DSP48": ("DSP", 1),
     "LUT": ("LUT", 1),
     "SRL": ("LUT", 1),
     "INV": ("LUT", 1),
     "FD": ("FF", 1),
     "CARRY": ("CARRY", 1),
-    "RAMB36": ("BRAM", 1),
-    "RAMB18": ("BRAM", 0.5),
+    "RAMB36": ("RAMB18", 2),
+    "RAMB18": ("RAMB18", 1),
 }
+_LUT_RAMS = {
+    **dict.fromkeys(("RAM32M16", "RAM64M8", "RAM64X8SW", "RAM32X16DR8", "RAM256X1D", "RAM512X1S"), 8),
+    **dict.fromkeys(("RAM32M", "RAM64M", "RAM128X1D", "RAM256X1S"), 4),
+    **dict.fromkeys(("RAM32X1D", "RAM64X1D", "RAM128X1S"), 2),
+    **dict.fromkeys(("RAM32X1S", "RAM64X1S"), 1),
+}
+"""Look-up tables of a cell of memory."""
 
 
 def _cells(report: str) -> dict[str, int]:
-    counts = dict.fromkeys(("DSP", "LUT", "FF", "CARRY", "BRAM"), 0.0)
+    counts = dict.fromkeys(("DSP", "LUT", "FF", "CARRY", "LUTRAM", "RAMB18"), 0)
     for count, cell in re.findall(r"^\s+(\d+)\s+([A-Z]\w*)\s*$", report, re.MULTILINE):
+        if cell in _LUT_RAMS:
+            counts["LUT"] += _LUT_RAMS[cell] * int(count)
+            counts["LUTRAM"] += _LUT_RAMS[cell] * int(count)
         for prefix, (kind, share) in _KINDS.items():
             if cell.startswith(prefix):
                 counts[kind] += share * int(count)
-    return {kind: int(np.ceil(count)) for kind, count in counts.items()}
+    return counts

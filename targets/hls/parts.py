@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from sparsecomp.targets.hls.cells import Cells
+
 
 @dataclass(frozen=True)
 class Part:
@@ -18,15 +20,13 @@ class Part:
         key: as it is given.
         name: for people.
         vendor_part: as the vendor's tool calls it, with a package and a speed grade.
-        dsp: multiplier slices.
-        bram: block RAMs of 36 Kbit.
+        cells: that it has.
     """
 
     key: str
     name: str
     vendor_part: str
-    dsp: int
-    bram: int
+    cells: Cells
 
 
 def part(key: str) -> Part:
@@ -41,7 +41,8 @@ def part(key: str) -> Part:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown part {key!r}: {hint}The parts are {', '.join(facts)}")
     found = facts[key]
-    return Part(key, found["name"], found["vendor_part"], found["dsp"], found["bram"])
+    cells = Cells(found["dsp"], found["lut"], found["ff"], 2 * found["bram"])
+    return Part(key, found["name"], found["vendor_part"], cells)
 
 
 def part_names() -> list[str]:

@@ -75,10 +75,12 @@ def test_the_command_writes_a_project_that_simulates(tmp_path: Path) -> None:
     np.savez(tmp_path / "samples.npz", **samples)
     given = ["export", str(tmp_path / "model.onnx"), "--target", "hls", "--part", "xc7z020", "--max-dsp", "40"]
     given += ["-o", str(tmp_path / "out"), "--calibration", str(tmp_path / "samples.npz")]
+    given += ["--pareto", str(tmp_path / "front.png")]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
     assert "DSP slices" in result.output
     assert "values differ" in csim(tmp_path / "out")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert "xc7z020clg400-1" in (tmp_path / "out" / "run_hls.tcl").read_text()
 
 
@@ -96,8 +98,10 @@ def test_a_float_model_without_calibration_says_what_to_give(tmp_path: Path) -> 
         ({"clock": "fast"}, "clock must be a time such as '5ns'"),
         ({"max_latency": "-1ms"}, "max_latency must be a time"),
         ({"max_dsp": 0}, "max_dsp must be at least 1"),
-        ({"max_dsp": 3}, "needs 6 DSP slices at least, 3 more than the 3 given"),
+        ({"max_dsp": 1}, "needs 2 DSP slices at least, 1 more than the 1 given"),
         ({"max_latency": "100ns"}, "a call takes .* cycles"),
+        ({"pareto": "front.txt"}, "pareto must end in .png, .svg, .pdf, given 'front.txt'"),
+        ({"pareto": "nowhere/front.png"}, "pareto: there is no folder 'nowhere'"),
         ({"calibration": {"z": np.zeros((4, 16))}}, "the calibration data has z; expected samples of 'x'"),
     ],
 )

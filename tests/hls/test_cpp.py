@@ -21,7 +21,7 @@ def test_random_layers_of_every_pattern_are_bit_exact(tmp_path: Path) -> None:
         weight = d.pruned(rng, pattern, int(rng.integers(1, 40)), 9 * int(rng.integers(1, 8)))
         network = d.network_of([d.linear(rng, weight)], Shape(int(rng.integers(1, 4)), weight.shape[1]))
         layer = network.layers[0]
-        made.append(d.built(network, [d.random_tile(rng, layer, pattern, layer.out(network.shape))]))
+        made.append(d.built(network, [d.random_tile(rng, layer, pattern, network.shape)]))
     assert d.simulate(made, tmp_path).count("0 of ") == len(made)
 
 

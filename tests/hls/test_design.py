@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import hls_designs as d
@@ -35,7 +36,7 @@ def test_the_choice_is_the_best_of_all() -> None:
         best = min(
             cycles_of([option.cost for option in chosen], small.shape.values, small.shape.vectors)[0]
             for chosen in product(*every)
-            if sum(option.cost.dsp for option in chosen) <= limit
+            if sum(option.cells.dsp for option in chosen) <= limit
         )
         assert design(small, part("xczu7ev"), max_dsp=limit).cycles[0] <= best * 1.03
 
@@ -59,17 +60,63 @@ def test_only_allowed_patterns_are_used() -> None:
     assert {option.pattern for option in made.options} == {"dense"}
 
 
+def test_every_kind_of_cell_keeps_its_limit() -> None:
+    small = network()
+    free = design(small, part("xczu7ev")).cells
+    for name in ("dsp", "lut", "ff"):
+        limits = replace(part("xczu7ev").cells, **{name: int(0.7 * getattr(free, name))})
+        made = design(small, replace(part("xczu7ev"), cells=limits))
+        assert getattr(made.cells, name) <= getattr(limits, name)
+        assert made.cycles[0] >= design(small, part("xczu7ev")).cycles[0]
+
+
+def test_fewer_block_rams_take_another_tile() -> None:
+    # A tile of many multipliers reads rows of many bits, which leave the depth of block RAMs unused.
+    rng = np.random.default_rng(0)
+    large = d.network_of([d.linear(rng, rng.integers(-128, 128, (96, 256)))], Shape(16, 256))
+    free = design(large, part("xczu7ev"), max_dsp=100)
+    assert free.cells.ramb18 > 15
+    limits = replace(part("xczu7ev").cells, ramb18=15)
+    made = design(large, replace(part("xczu7ev"), cells=limits), max_dsp=100)
+    assert made.cells.ramb18 <= 15
+    assert made.cycles[0] > free.cycles[0]
+
+
 def test_what_does_not_fit_says_by_how_much() -> None:
-    with pytest.raises(ValueError, match=r"needs 6 DSP slices at least, 2 more than the 4 given; layer 'layer'"):
-        design(network(), part("xczu7ev"), max_dsp=4)
-    with pytest.raises(ValueError, match=r"a call takes \d+ cycles on 20 DSP slices, more than the 5 given"):
+    with pytest.raises(ValueError, match=r"needs 2 DSP slices at least, 1 more than the 1 given; layer 'layer'"):
+        design(network(), part("xczu7ev"), max_dsp=1)
+    with pytest.raises(ValueError, match=r"a call takes \d+ cycles on 20 DSP slices of .*, more than the 5 given"):
         design(network(), part("xczu7ev"), max_dsp=20, max_cycles=5)
     rng = np.random.default_rng(0)
     large = d.network_of([d.linear(rng, rng.integers(-128, 128, (1024, 1024)))], Shape(1, 1024))
     with pytest.raises(
-        ValueError, match=r"needs \d+ block RAMs of 36 Kbit, \d+ more than Zynq-7020 has; layer 'layer'"
+        ValueError,
+        match=r"needs [\d.]+ block RAMs of 36 Kbit at least, [\d.]+ more than the 140 that Zynq-7020 has; "
+        r"layer 'layer' needs most",
     ):
-        design(large, part("xc7z020"))
+        design(large, part("xc7z020"), patterns=["dense"])
+
+
+@pytest.mark.parametrize(("name", "words"), [("lut", "look-up tables"), ("ff", "flip-flops")])
+def test_too_few_cells_are_named(name: str, words: str) -> None:
+    tiny = replace(part("xc7z020"), cells=replace(part("xc7z020").cells, **{name: 100}))
+    with pytest.raises(
+        ValueError, match=r"at least, [\d.]+ more than the 100 that Zynq-7020 has; layer 'layer'"
+    ) as error:
+        design(network(), tiny)
+    assert words in str(error.value)
+
+
+def test_limits_that_exclude_each_other_are_named_together() -> None:
+    small = network()
+    every = [options_of(layer, shape) for layer, shape in zip(small.layers, small.shapes(), strict=False)]
+    dsp, lut = (sum(min(getattr(way.cells, name) for way in ways) for ways in every) for name in ("dsp", "lut"))
+    # The fewest slices take more look-up tables than the fewest of these: both least amounts at once are not possible.
+    both = replace(part("xczu7ev"), cells=replace(part("xczu7ev").cells, dsp=dsp, lut=lut + 1))
+    with pytest.raises(
+        ValueError, match=r"no choice of tiles keeps all of 2 DSP slices, .* look-up tables, .* at once"
+    ):
+        design(small, both)
 
 
 def test_an_unknown_part_lists_the_known() -> None:
