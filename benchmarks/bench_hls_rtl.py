@@ -33,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import hls_digits
 
 FAMILY = "xcup"
+DIGITS_INTERVAL = "2560ns"
+"""512 cycles: the values that the first convolution gives for a picture, one in a cycle."""
 BLOCKS = {"dense": 800, "2:4": 400, "16:2:4": 400, "1:4": 200}
 """Slices that the block of a pattern may take: each then has an interval of 24576 cycles."""
 GOALS = {"2:4": 0.55, "16:2:4": 0.55, "1:4": 0.3}
@@ -65,7 +67,11 @@ def digits(model: nn.Module, pattern: str) -> tuple[nn.Module, Design]:
         hls_digits.train(sparse, x, y, 15)
     with tempfile.TemporaryDirectory() as folder:
         made = export_hls(
-            hls_digits.exported(sparse, x), output=folder, part="xc7z020", calibration={"x": x.numpy()}, max_dsp=100
+            hls_digits.exported(sparse, x),
+            output=folder,
+            part="xc7z020",
+            calibration={"x": x.numpy()},
+            max_interval=DIGITS_INTERVAL,
         )
     return sparse, made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -47,6 +47,9 @@ def export(
     max_latency: Annotated[
         str | None, typer.Option(help="hls: of a call, such as 1ms; the smallest such design.")
     ] = None,
+    max_interval: Annotated[
+        str | None, typer.Option(help="hls: between calls that follow each other; the smallest such design.")
+    ] = None,
     vectors: Annotated[int, typer.Option(help="hls: rows of a call, where the model leaves them open.")] = 1,
     rtl: Annotated[bool, typer.Option("--rtl", help="hls: also DSLX and its Verilog, by XLS, in rtl/.")] = False,
     pareto: Annotated[
@@ -64,13 +67,16 @@ def export(
         if target == "hls":
             if sizes or plan or exclude or threads != 1 or dtype or ram or flash:
                 raise ValueError(
-                    "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --vectors, --rtl and "
-                    "--pareto"
+                    "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --max-interval, "
+                    "--vectors, --rtl and --pareto"
                 )
-            _export_hls(model, output, part, clock, calibration, max_dsp, max_latency, vectors, rtl, pareto)
+            limits = {"max_dsp": max_dsp, "max_latency": max_latency, "max_interval": max_interval}
+            _export_hls(model, output, part, clock, calibration, limits, vectors, rtl, pareto)
             return
-        if calibration or max_dsp is not None or max_latency is not None or rtl or pareto:
-            raise ValueError("--calibration, --max-dsp, --max-latency, --rtl and --pareto belong to --target hls")
+        if calibration or max_dsp is not None or max_latency or max_interval or rtl or pareto:
+            raise ValueError(
+                "--calibration, --max-dsp, --max-latency, --max-interval, --rtl and --pareto belong to --target hls"
+            )
         try:
             from sparsecomp.exporting.api import export as write
         except ModuleNotFoundError as error:
@@ -97,8 +103,7 @@ def _export_hls(
     part: str,
     clock: str,
     calibration: Path | None,
-    max_dsp: int | None,
-    max_latency: str | None,
+    limits: dict[str, Any],
     vectors: int,
     rtl: bool,
     pareto: Path | None,
@@ -113,8 +118,7 @@ def _export_hls(
         part=part,
         clock=clock,
         calibration=calibration,
-        max_dsp=max_dsp,
-        max_latency=max_latency,
+        **limits,
         vectors=vectors,
         rtl=rtl,
         pareto=pareto,

@@ -42,6 +42,7 @@ def export_hls(
     calibration: Mapping[str, npt.NDArray[Any]] | str | os.PathLike[str] | None = None,
     max_dsp: int | None = None,
     max_latency: float | str | None = None,
+    max_interval: float | str | None = None,
     patterns: Sequence[str] | None = None,
     vectors: int = 1,
     rtl: bool = False,
@@ -58,6 +59,7 @@ def export_hls(
             quantised on them, and the first are recorded for the testbench, which has random values otherwise.
         max_dsp: DSP slices that the design may take; those of the part if None. It is made as fast as they allow.
         max_latency: of one call, nanoseconds or as "1ms"; the design is made as small as it allows.
+        max_interval: between calls that follow each other, as max_latency.
         patterns: printed patterns that may be used; every one that a weight satisfies if None.
         vectors: rows of one call, where the model leaves them open.
         rtl: whether the folder `rtl` gets the design as DSLX and as the Verilog that XLS makes of it.
@@ -74,7 +76,10 @@ def export_hls(
     """
     device = part_of(part)
     clock_ns = _nanoseconds("clock", clock)
-    latency = None if max_latency is None else _nanoseconds("max_latency", max_latency)
+    cycles, interval = (
+        None if given is None else int(_nanoseconds(name, given) / clock_ns)
+        for name, given in (("max_latency", max_latency), ("max_interval", max_interval))
+    )
     for name, value in (("max_dsp", max_dsp), ("vectors", vectors)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, given {value}")
@@ -85,8 +90,7 @@ def export_hls(
     if not is_quantised(loaded):
         loaded = quantise(loaded, title, samples)
     network = network_of(loaded, title, vectors)
-    cycles = None if latency is None else int(latency / clock_ns)
-    made = design(network, device, max_dsp=max_dsp, max_cycles=cycles, patterns=patterns)
+    made = design(network, device, max_dsp=max_dsp, max_cycles=cycles, max_interval=interval, patterns=patterns)
     files = project(made, _recorded(network, samples), clock_ns=clock_ns)
     if rtl:
         files |= {f"rtl/{name}": content for name, content in rtl_project(made).items()}

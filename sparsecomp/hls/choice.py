@@ -83,7 +83,7 @@ def fastest(call: Call, classes: Classes, limits: Cells) -> list[int] | None:
     return smallest(call, classes, limits, call.cycles(_ways(classes, best))[0], best)
 
 
-def smallest(call: Call, classes: Classes, limits: Cells, cycles: int, known: list[int]) -> list[int]:
+def smallest(call: Call, classes: Classes, limits: Cells, cycles: float, known: list[int]) -> list[int]:
     """Places of the ways of fewest slices whose call takes some cycles at most; what is known to, if none is better."""
     found = [known]
     for span, within in _spans(classes):
@@ -91,7 +91,8 @@ def smallest(call: Call, classes: Classes, limits: Cells, cycles: int, known: li
         # What a call takes beyond the sum of what follows each layer's input, where all are as slow as they may be.
         slow = [max(ways, key=lambda way: way.cost.span) for ways in within]
         shared = call.cycles(slow)[0] - sum(way.cost.after for way in slow)
-        picked = solve(items, cycles - shared, _counts(limits))
+        most = sum(max(way.cost.after for way in ways) for ways in within)
+        picked = solve(items, min(cycles - shared, most), _counts(limits))
         if picked is not None:
             places = _places(classes, span, picked)
             if call.cycles(_ways(classes, places))[0] <= cycles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 
 import torch
 
@@ -77,14 +77,16 @@ class Design:
     def table(self) -> str:
         """A line for every layer, in Markdown."""
         lines = [
-            "| layer | pattern | multipliers | interval | DSP | LUT | FF | BRAM |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| layer | pattern | multipliers | interval | DSP | LUT | FF | BRAM | kept products / DSP / cycle |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for layer, option in zip(self.network.layers, self.options, strict=True):
+        for layer, option, made in zip(self.network.layers, self.options, self.schedules, strict=True):
             count = option.tile.rows * option.tile.lanes if option.tile else 0
             form = option.pattern or type(layer).__name__.lower()
             row = [layer.name.replace("|", " "), form, count, option.cost.interval, option.cells.dsp]
             row += [round(option.cells.lut), round(option.cells.ff), f"{option.cells.ramb18 / 2:g}"]
+            kept = made.nonzeros * option.cost.vectors if made is not None else 0
+            row.append(f"{kept / option.cells.dsp / self.cycles[1]:.2f}" if kept else "")
             lines.append(f"| {' | '.join(map(str, row))} |")
         return "\n".join(lines)
 
@@ -196,15 +198,17 @@ def design(
     *,
     max_dsp: int | None = None,
     max_cycles: int | None = None,
+    max_interval: int | None = None,
     patterns: Sequence[str] | None = None,
 ) -> Design:
-    """Choose the tile of every layer.
+    """Choose the tile of every layer: the fewest cycles of a call, or the fewest DSP slices that keep given cycles.
 
     Args:
         network: to build.
         part: to build it on.
         max_dsp: DSP slices that it may take; those of the part if None.
-        max_cycles: that a call may take; then the fewest DSP slices are sought, otherwise the fewest cycles.
+        max_cycles: that a call may take.
+        max_interval: cycles between calls, which no layer may exceed.
         patterns: printed patterns that may be used.
 
     Raises:
@@ -214,19 +218,21 @@ def design(
     classes = [
         options_of(layer, shape, patterns) for layer, shape in zip(network.layers, network.shapes(), strict=False)
     ]
+    if max_interval is not None:
+        classes = _within(network, classes, max_interval)
     _check(network, classes, limits, part)
     call = call_of(network)
     best = fastest(call, classes, limits)
     if best is None:
         raise ValueError(_all_at_once(network, classes, limits, part))
     options = [each[at] for each, at in zip(classes, best, strict=True)]
-    if max_cycles is not None:
-        if call.cycles(options)[0] > max_cycles:
-            raise ValueError(
-                f"a call takes {call.cycles(options)[0]} cycles on {limits.dsp} DSP slices of {part.name}, more than "
-                f"the {max_cycles} given"
-            )
-        best = smallest(call, classes, limits, max_cycles, best)
+    if max_cycles is not None and call.cycles(options)[0] > max_cycles:
+        raise ValueError(
+            f"a call takes {call.cycles(options)[0]} cycles on {limits.dsp} DSP slices of {part.name}, more than "
+            f"the {max_cycles} given"
+        )
+    if max_cycles is not None or max_interval is not None:
+        best = smallest(call, classes, limits, inf if max_cycles is None else max_cycles, best)
         options = [each[at] for each, at in zip(classes, best, strict=True)]
     schedules = [
         schedule(layer.weight, option.tile, layer.skip is not None)
@@ -235,6 +241,19 @@ def design(
         for layer, option in zip(network.layers, options, strict=True)
     ]
     return Design(network, options, schedules, part)
+
+
+def _within(network: Network, classes: Sequence[list[Option]], interval: int) -> list[list[Option]]:
+    """The options that keep an interval."""
+    kept = [[option for option in options if option.cost.span <= interval] for options in classes]
+    for layer, options, left in zip(network.layers, classes, kept, strict=True):
+        if not left:
+            least = min(option.cost.span for option in options)
+            raise ValueError(
+                f"layer {layer.name!r} takes {least} cycles for a call at least, more than the {interval} given "
+                "between calls"
+            )
+    return kept
 
 
 def _check(network: Network, classes: Sequence[Sequence[Option]], limits: Cells, part: Part) -> None:

@@ -97,6 +97,7 @@ def test_a_float_model_without_calibration_says_what_to_give(tmp_path: Path) -> 
         ({"part": "xc9"}, "unknown part 'xc9'"),
         ({"clock": "fast"}, "clock must be a time such as '5ns'"),
         ({"max_latency": "-1ms"}, "max_latency must be a time"),
+        ({"max_interval": "soon"}, "max_interval must be a time"),
         ({"max_dsp": 0}, "max_dsp must be at least 1"),
         ({"max_dsp": 1}, "needs 2 DSP slices at least, 1 more than the 1 given"),
         ({"max_latency": "100ns"}, "a call takes .* cycles"),

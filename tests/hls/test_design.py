@@ -60,6 +60,20 @@ def test_only_allowed_patterns_are_used() -> None:
     assert {option.pattern for option in made.options} == {"dense"}
 
 
+def test_an_interval_gives_the_fewest_slices_whose_layers_all_keep_it() -> None:
+    small = network()
+    every = [options_of(layer, shape) for layer, shape in zip(small.layers, small.shapes(), strict=False)]
+    for interval in (1600, 6400):
+        made = design(small, part("xczu7ev"), max_interval=interval)
+        assert made.cycles[1] <= interval
+        fewest = (min(way.cells.dsp for way in ways if way.cost.span <= interval) for ways in every)
+        assert made.dsp == sum(fewest)
+    with pytest.raises(
+        ValueError, match=r"layer 'layer' takes 768 cycles for a call at least, more than the 500 given"
+    ):
+        design(small, part("xczu7ev"), max_interval=500)
+
+
 def test_every_kind_of_cell_keeps_its_limit() -> None:
     small = network()
     free = design(small, part("xczu7ev")).cells
