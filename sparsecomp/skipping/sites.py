@@ -27,6 +27,7 @@ _LAYOUTS = (
     ("linear1", "", "linear2"),  # torch.nn
     ("lin1", "", "lin2"),  # DistilBERT
     ("dense_h_to_4h", "", "dense_4h_to_h"),  # GPT-NeoX
+    ("up_proj", "", "down_proj"),  # Nemotron, experts without a gate
 )
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation", "intermediate.intermediate_act_fn")
 
@@ -80,8 +81,9 @@ def _ffn(name: str, module: nn.Module) -> FFN | None:
             prefix = f"{name}." if name else ""
             acts = (_submodule(module, path) for path in _ACTIVATIONS)
             activation = next((act for act in acts if act is not None), None)
-            if up and activation is None:
-                return None  # without a module between, what the gate gives is not seen
+            if activation is None and (up or first == "up_proj"):
+                # Without a module between, what the gate gives is not seen, nor whether up comes before down.
+                return None
             assert parts[0] is not None
             assert parts[-1] is not None
             linears = tuple(dict.fromkeys(prefix + path for path in (first, up, down) if path))

@@ -25,7 +25,7 @@ def test_blocks_without_a_module_of_their_own_are_named_by_their_layer() -> None
     assert [(ffn.name, ffn.linears[-1]) for ffn in find_ffns(nn.Sequential(layer))] == [("0", "0.linear2")]
 
 
-@pytest.mark.parametrize("kind", ["Bert", "GPT2", "Phi3"])
+@pytest.mark.parametrize("kind", ["Bert", "GPT2", "Phi3", "Nemotron"])
 def test_other_families(kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
