@@ -29,6 +29,8 @@ def test_blocks_without_a_module_of_their_own_are_named_by_their_layer() -> None
 def test_other_families(kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "Nemotron":
+        sizes["num_key_value_heads"] = 2
     if kind == "GPT2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4}
     config = getattr(transformers, f"{kind}Config")(vocab_size=50, pad_token_id=0, **sizes)
