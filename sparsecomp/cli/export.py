@@ -51,6 +51,9 @@ def export(
         str | None, typer.Option(help="hls: between calls that follow each other; the smallest such design.")
     ] = None,
     vectors: Annotated[int, typer.Option(help="hls: rows of a call, where the model leaves them open.")] = 1,
+    skip: Annotated[
+        str | None, typer.Option(help="hls: relu or threshold:P; linears take time for hidden units that stay.")
+    ] = None,
     rtl: Annotated[bool, typer.Option("--rtl", help="hls: also DSLX and its Verilog, by XLS, in rtl/.")] = False,
     pareto: Annotated[
         Path | None, typer.Option(help="hls: a picture to write, least latency for every number of DSP slices.")
@@ -68,14 +71,15 @@ def export(
             if sizes or plan or exclude or threads != 1 or dtype or ram or flash:
                 raise ValueError(
                     "--target hls takes --part, --clock, --calibration, --max-dsp, --max-latency, --max-interval, "
-                    "--vectors, --rtl and --pareto"
+                    "--vectors, --skip, --rtl and --pareto"
                 )
             limits = {"max_dsp": max_dsp, "max_latency": max_latency, "max_interval": max_interval}
-            _export_hls(model, output, part, clock, calibration, limits, vectors, rtl, pareto)
+            _export_hls(model, output, part, clock, calibration, limits, vectors, skip, rtl, pareto)
             return
-        if calibration or max_dsp is not None or max_latency or max_interval or rtl or pareto:
+        if calibration or max_dsp is not None or max_latency or max_interval or skip or rtl or pareto:
             raise ValueError(
-                "--calibration, --max-dsp, --max-latency, --max-interval, --rtl and --pareto belong to --target hls"
+                "--calibration, --max-dsp, --max-latency, --max-interval, --skip, --rtl and --pareto belong to "
+                "--target hls"
             )
         try:
             from sparsecomp.exporting.api import export as write
@@ -105,6 +109,7 @@ def _export_hls(
     calibration: Path | None,
     limits: dict[str, Any],
     vectors: int,
+    skip: str | None,
     rtl: bool,
     pareto: Path | None,
 ) -> None:
@@ -120,6 +125,7 @@ def _export_hls(
         calibration=calibration,
         **limits,
         vectors=vectors,
+        skip=skip,
         rtl=rtl,
         pareto=pareto,
     )

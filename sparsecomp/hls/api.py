@@ -17,12 +17,14 @@ import onnx_ir as ir
 
 from sparsecomp.frontends.onnx_load import load
 from sparsecomp.hls.cpp import project
+from sparsecomp.hls.dead_units import without_dead_units
 from sparsecomp.hls.design import Design, design
 from sparsecomp.hls.importing import network_of
 from sparsecomp.hls.network import HIGH, LOW, Network
 from sparsecomp.hls.pareto import front
 from sparsecomp.hls.quantise import is_quantised, quantise
 from sparsecomp.hls.rtl import rtl_project
+from sparsecomp.hls.skipping import with_skips
 from sparsecomp.packages import write_package
 from sparsecomp.targets.hls import part as part_of
 
@@ -45,6 +47,7 @@ def export_hls(
     max_interval: float | str | None = None,
     patterns: Sequence[str] | None = None,
     vectors: int = 1,
+    skip: str | None = None,
     rtl: bool = False,
     pareto: str | os.PathLike[str] | None = None,
 ) -> Design:
@@ -62,6 +65,8 @@ def export_hls(
         max_interval: between calls that follow each other, as max_latency.
         patterns: printed patterns that may be used; every one that a weight satisfies if None.
         vectors: rows of one call, where the model leaves them open.
+        skip: "relu" or "threshold:P": linears leave out hidden units through a queue, and take time for those that stay
+            (`sparsecomp.hls.skipping.with_skips`); how many, is estimated on the first calibration samples.
         rtl: whether the folder `rtl` gets the design as DSLX and as the Verilog that XLS makes of it.
         pareto: a picture to write, .png, .svg or .pdf: the least latency for every number of DSP slices of the part
             (`sparsecomp.hls.pareto.front`).
@@ -89,9 +94,12 @@ def export_hls(
     loaded = load(model)
     if not is_quantised(loaded):
         loaded = quantise(loaded, title, samples)
-    network = network_of(loaded, title, vectors)
+    network = without_dead_units(network_of(loaded, title, vectors))
+    recorded = _recorded(network, samples)
+    if skip is not None:
+        network = with_skips(network, skip, recorded)
     made = design(network, device, max_dsp=max_dsp, max_cycles=cycles, max_interval=interval, patterns=patterns)
-    files = project(made, _recorded(network, samples), clock_ns=clock_ns)
+    files = project(made, recorded, clock_ns=clock_ns)
     if rtl:
         files |= {f"rtl/{name}": content for name, content in rtl_project(made).items()}
     if picture is not None:

@@ -21,7 +21,7 @@ from sparsecomp.hls.constants import Constants, attribute
 from sparsecomp.hls.network import HIGH, LOW, Integers, Layer, Linear, Lookup, Network, Patches, Pool, Requantise, Shape
 
 _LINEAR = ("Gemm", "MatMul", "Conv")
-_POOL = ("MaxPool", "AveragePool", "GlobalAveragePool")
+_POOL = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean")
 _RESHAPE = ("Reshape", "Flatten", "Identity", "Squeeze", "Unsqueeze")
 _FUNCTIONS = (
     *("Abs", "Add", "Cast", "Clip", "Constant", "Div", "Elu", "Erf", "Exp", "Gelu"),
@@ -112,12 +112,19 @@ class _Import:
         sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         if len(sizes) == 4 and min(sizes[1:]) > 0:
             return Shape(sizes[2] * sizes[3], sizes[1], sizes[2])
+        if len(sizes) == 3 and min(sizes[1:]) > 0 and self._one_dimensional():
+            return Shape(sizes[2], sizes[1], 1)
         if len(sizes) in (2, 3) and sizes[-1] > 0:
             return Shape(prod(size or self.vectors for size in sizes[:-1]), sizes[-1])
         raise ValueError(
-            f"{self.title}: input {value.name!r} has sizes {sizes}; expected [rows, values] or [1, channels, height, "
-            f"width], with all but the first known"
+            f"{self.title}: input {value.name!r} has sizes {sizes}; expected [rows, values], [1, channels, "
+            f"steps] or [1, channels, height, width], with all but the first known"
         )
+
+    def _one_dimensional(self) -> bool:
+        """Whether windows lie along one axis: then a picture of one row is read, and not rows of values."""
+        weights = [node.input[1] for node in self.graph.node if node.op_type == "Conv"]
+        return any(name in self.constants and self.constants.array(name).ndim == 3 for name in weights)
 
     def _reader(self, value: str) -> onnx.NodeProto:
         readers = self.readers.get(value, [])
@@ -139,6 +146,8 @@ class _Import:
         first = self.readers[value]
         if any(node.op_type in (*_LINEAR, *_POOL, *_RESHAPE) for node in first):
             chain, end = self._chain(value)
+            if stream.shape.height == 1 and len(chain) > 1 and chain[0].op_type == "Unsqueeze":
+                chain = chain[1:]  # the one row, made an axis for a pooling
             after = self._after(stream, end)
             kind = chain[0].op_type if chain else ""
             if kind in _RESHAPE:
@@ -153,7 +162,7 @@ class _Import:
         after.shape, after.flat = stream.shape, stream.flat
         table = self._table(stream, value, nodes, end)
         if not np.array_equal(table, np.arange(LOW, HIGH + 1)):
-            self.layers.append(Lookup(nodes[0].name or nodes[0].op_type if nodes else end.name, table))
+            self.layers.append(Lookup(nodes[0].name or nodes[0].op_type if nodes else end.name, table, after.zero))
         return after
 
     def _after(self, stream: _Stream, end: onnx.NodeProto) -> _Stream:
@@ -248,7 +257,8 @@ class _Import:
         if not stream.shape.height or stream.flat:
             raise ValueError(f"{self.title}: node {node.name!r} ({node.op_type}) pools what is no picture")
         name = node.name or node.op_type
-        if node.op_type == "GlobalAveragePool":
+        whole = node.op_type == "GlobalAveragePool" or self._is_mean_of_pictures(node, stream)
+        if whole:
             kernel = (stream.shape.height, stream.shape.columns)
             patches = Patches(kernel, (1, 1), (0, 0, 0, 0), (1, 1), stream.zero)
         else:
@@ -268,7 +278,22 @@ class _Import:
             rule = Requantise.of(np.array([stream.scale / (after.scale * patches.taps)]), after.zero)
             self.layers.append(Pool(name, patches, -stream.zero * patches.taps, rule))
         after.shape = self.layers[-1].out(stream.shape)
-        after.flat = len(chain) > 1
+        after.flat = len(chain) > 1 or (node.op_type == "ReduceMean" and not attribute(node, "keepdims", 1))
+
+    def _is_mean_of_pictures(self, node: onnx.NodeProto, stream: _Stream) -> bool:
+        """Whether a node is the mean over all pixels, as PyTorch exports an adaptive pooling."""
+        if node.op_type != "ReduceMean":
+            return False
+        axes = attribute(node, "axes", None)
+        if axes is None and len(node.input) > 1 and node.input[1] in self.constants:
+            axes = self.constants.array(node.input[1]).reshape(-1).tolist()
+        pixels = ({2, 3}, {-2, -1}) if stream.shape.height > 1 else ({2, 3}, {-2, -1}, {2}, {-1})
+        if axes is None or set(axes) not in pixels:
+            raise ValueError(
+                f"{self.title}: node {node.name!r} (ReduceMean) takes the mean over axes {axes}; expected that over "
+                f"all pixels of a picture"
+            )
+        return True
 
     def _linear(self, stream: _Stream, after: _Stream, chain: Sequence[onnx.NodeProto]) -> None:
         node = chain[0]
@@ -295,6 +320,10 @@ class _Import:
         if patches is None and stream.flat:
             width = stream.shape.values
             order = np.arange(width).reshape(stream.shape.width, stream.shape.vectors).T.reshape(-1)
+        if node.op_type != "Conv" and stream.shape.height and not stream.flat:
+            raise ValueError(
+                f"{self.title}: layer {name!r} ({node.op_type}) reads a picture; expected Flatten before it"
+            )
         if patches is None and weight.shape[1] != width:
             raise ValueError(f"{self.title}: layer {name!r} reads {weight.shape[1]} values, given {width}")
         rounded = np.rint(bias / (stream.scale * scales))
@@ -344,6 +373,8 @@ class _Import:
             raise ValueError(f"{self.title}: layer {name!r}: scales lie along inputs; expected one for each output")
         patches = None
         if node.op_type == "Conv":
+            if weight.ndim == 3:  # along one axis: of a picture of one row
+                weight = weight[:, :, None]
             if not stream.shape.height or stream.flat or weight.ndim != 4:
                 raise ValueError(f"{self.title}: layer {name!r} is a convolution of what is no picture")
             patches = self._patches(node, stream, stream.zero)
@@ -352,6 +383,8 @@ class _Import:
                 raise ValueError(
                     f"{self.title}: layer {name!r} does not fit a picture of {stream.shape.width} channels"
                 )
+            if patches.is_pixel:  # then it is a linear of every pixel, and needs no windows
+                patches = None
         elif weight.ndim != 2:
             raise ValueError(f"{self.title}: layer {name!r} ({node.op_type}) has a weight of {weight.ndim} dimensions")
         else:
@@ -368,15 +401,18 @@ class _Import:
         kernel = attribute(node, "kernel_shape", None)
         if kernel is None:
             kernel = self.constants.array(node.input[1]).shape[2:]
+        rank = len(kernel)
+        strides = tuple(int(size) for size in attribute(node, "strides", (1,) * rank))
+        dilations = tuple(int(size) for size in attribute(node, "dilations", (1,) * rank))
+        pads = tuple(int(size) for size in attribute(node, "pads", (0,) * (2 * rank)))
+        if rank == 1 and (len(strides), len(dilations), len(pads)) == (1, 1, 2):
+            kernel, strides, dilations, pads = (1, *kernel), (1, *strides), (1, *dilations), (0, pads[0], 0, pads[1])
         kernel = (int(kernel[0]), int(kernel[1])) if len(kernel) == 2 else (0, 0)
-        strides = tuple(int(size) for size in attribute(node, "strides", (1, 1)))
-        dilations = tuple(int(size) for size in attribute(node, "dilations", (1, 1)))
-        pads = tuple(int(size) for size in attribute(node, "pads", (0, 0, 0, 0)))
         auto = attribute(node, "auto_pad", "NOTSET")
         if auto in ("SAME_UPPER", "SAME_LOWER"):
             pads = _same(auto, (stream.shape.height, stream.shape.columns), kernel, strides, dilations)
         if len(strides) != 2 or len(dilations) != 2 or len(pads) != 4 or min(*kernel, *strides, *dilations) < 1:
-            raise ValueError(f"{self.title}: node {node.name!r} ({node.op_type}): expected a window of two dimensions")
+            raise ValueError(f"{self.title}: node {node.name!r} ({node.op_type}): expected a window of one or two axes")
         patches = Patches(
             kernel, (strides[0], strides[1]), (pads[0], pads[1], pads[2], pads[3]), (dilations[0], dilations[1]), fill
         )

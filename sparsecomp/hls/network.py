@@ -118,6 +118,11 @@ class Patches:
         return self.kernel[0] * self.kernel[1]
 
     @property
+    def is_pixel(self) -> bool:
+        """Whether every window is one pixel, in order."""
+        return self.taps == 1 and self.strides == (1, 1) and not any(self.pads)
+
+    @property
     def reach(self) -> tuple[int, int]:
         """Rows and columns between the first pixel of a window and its last."""
         return (self.kernel[0] - 1) * self.dilations[0], (self.kernel[1] - 1) * self.dilations[1]
@@ -155,7 +160,7 @@ class Skip:
     """Hidden units that a linear leaves out, decided for every vector: those at most `most` steps from the zero point.
 
     With `most` 0 no number changes: such a unit adds nothing to any sum. A queue of the units that stay makes the time
-    of a layer follow them, as the queues of experts in Edge-MoE (Sarkar et al. 2023, arXiv:2305.18691) do for tokens.
+    of a layer follow the data, as Edge-MoE (Sarkar et al. 2023, arXiv:2305.18691) orders patches by what they need.
 
     Attributes:
         zero: the zero point of what the linear reads.
@@ -226,15 +231,17 @@ class Linear:
 
     def run(self, x: Integers, shape: Shape) -> Integers:
         """The layer of `[vectors, width]`."""
+        return self.requantise.run(self.gather(x, shape) @ self.weight.T + self.bias)
+
+    def gather(self, x: Integers, shape: Shape) -> Integers:
+        """What is multiplied, `[N, I]`, of `[vectors, width]`."""
         if self.patches is not None:
-            x = self.patches.run(x, shape)
-        elif self.order is not None:
-            flat = np.empty(x.size, np.int64)
-            flat[self.order] = x.reshape(-1)
-            x = flat[None]
-        elif self.skip is not None:
-            x = np.where(self.skip.keeps(x), x, self.skip.zero)
-        return self.requantise.run(x @ self.weight.T + self.bias)
+            return self.patches.run(x, shape)
+        if self.order is not None:
+            flat = np.empty((1, x.size), np.int64)
+            flat[0, self.order] = x.reshape(-1)
+            return flat
+        return x if self.skip is None else np.where(self.skip.keeps(x), x, self.skip.zero)
 
 
 @dataclass(frozen=True)
@@ -278,10 +285,12 @@ class Lookup:
     Attributes:
         name: of the layer.
         table: `[256]`, the result for -128 to 127.
+        zero: the zero point of the result.
     """
 
     name: str
     table: Integers
+    zero: int = 0
 
     def out(self, shape: Shape) -> Shape:
         """What the layer makes of a stream."""

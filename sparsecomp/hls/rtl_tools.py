@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsecomp.hls.design import Design
+from sparsecomp.hls.network import Integers
 from sparsecomp.hls.rtl import rtl_project
 
 _FAMILIES = ("xc7", "xcup")
@@ -35,11 +36,13 @@ class Simulated:
         outputs: `[calls, vectors, width]`.
         cycles: of the first call, from its first value in to its last out.
         interval: cycles between the ends of calls, the mean of those after the first; `cycles` if there is one call.
+        ends: `[calls]`, the cycle of the last value of each, from the first value in.
     """
 
     outputs: npt.NDArray[np.int8]
     cycles: int
     interval: float
+    ends: Integers
 
 
 def build_simulation(design: Design, folder: Path) -> Path:
@@ -91,7 +94,7 @@ def simulate_rtl(program: Path, design: Design, inputs: npt.NDArray[np.int8], pa
     out = design.network.shapes()[-1]
     outputs = np.frombuffer((folder / "output.bin").read_bytes(), np.int8).reshape(len(inputs), out.vectors, out.width)
     interval = float(np.diff(ends).mean()) if len(ends) > 1 else float(ends[0])
-    return Simulated(outputs, int(ends[0]), interval)
+    return Simulated(outputs, int(ends[0]), interval, ends)
 
 
 def map_cells(
