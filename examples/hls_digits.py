@@ -74,6 +74,7 @@ def main() -> None:
     sparsecomp.sparsify_(sparse, given.pattern, filter_fn=lambda _, name: name != "0")
     with sparsecomp.freeze_masks(sparse):
         train(sparse, x, y, 15)
+        train(sparse, x, y, 15)  # a new optimiser: 1:4 needs it
 
     design = export_hls(
         exported(sparse, x), output=given.output, part=given.part, calibration={"x": x.numpy()}, max_dsp=given.max_dsp

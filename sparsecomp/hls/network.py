@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import frexp
 from typing import Any, TypeAlias
 
@@ -205,7 +206,7 @@ class Linear:
         if self.skip is not None and (self.patches is not None or self.order is not None):
             raise ValueError(f"layer {self.name!r} reads a picture: units are skipped in linears of vectors only")
 
-    @property
+    @cached_property
     def _largest(self) -> int:
         """No sum, nor a part of one, is beyond it."""
         most = -LOW if self.skip is None else HIGH - LOW

@@ -42,8 +42,8 @@ def with_skips(network: Network, skip: str, samples: npt.NDArray[Any]) -> Networ
         layers.append(layer)
         values = [layer.run(call, shape) for call in values]
     if not any(isinstance(layer, Linear) and layer.skip is not None for layer in layers):
-        after = "ReLU" if share is None else "a linear"
-        raise ValueError(f"skip={skip!r}: no linear of vectors reads the hidden units of a layer that ends in {after}")
+        units = "units after a ReLU (after another function, use threshold:P)" if share is None else "hidden units"
+        raise ValueError(f"skip={skip!r}: no linear of vectors reads {units}")
     return replace(network, layers=tuple(layers))
 
 
