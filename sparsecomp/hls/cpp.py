@@ -93,6 +93,11 @@ def _row(layer: Layer, option: Option, made: Schedule | None) -> dict[str, Any]:
         row |= {"trips": made.trips, "multipliers": tile.rows * tile.lanes, "multiplexers": tile.multiplexers}
         row |= {"requantised": "bit by bit" if option.serial else "with a multiplier"}
         row |= {"kept_per_multiplier_and_trip": round(made.nonzeros / (tile.rows * tile.lanes * made.trips), 4)}
+        if layer.skip is not None:
+            row |= {
+                "skips_units_within_steps": layer.skip.most,
+                "units_that_stay": round(float(layer.skip.stays.mean()), 4),
+            }
     cells = {"dsp": option.cells.dsp, "lut": round(option.cells.lut), "ff": round(option.cells.ff)}
     return row | {"interval": option.cost.interval, **cells, "bram": option.cells.ramb18 / 2}
 
