@@ -1,8 +1,8 @@
 """Skipped FFN blocks: what thresholds cost SmolLM2-135M in perplexity, and tokens per second in `generate`.
 
-`python benchmarks/bench_generate.py [--part quality,relu,speed,weights] [--case NAME] [--quick]`: a part replaces its
-own rows of `results/generate.json` and leaves the others. Skip plans are kept in `build/skips` and used again
-(making them takes minutes each); remove the folder to calibrate anew.
+`python benchmarks/bench_generate.py [--part quality,relu,speed,weights,plan,prefill,experts] [--case NAME] [--quick]`:
+a part replaces its own rows of `results/generate.json` and leaves the others. Plans are kept in `build/skips` and used
+again (making them takes minutes each); remove the folder to make them anew.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import argparse
 import copy
 import json
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from timing import RESULTS, Results, Row, interleave
 from torch import Tensor, nn
 
 import sparsecomp
+from sparsecomp.planner import Plan
 from sparsecomp.pruning.calibration import Call, as_calls, calibrating
 from sparsecomp.skipping import SkipChoice, SkipForm, SkipPlan, calibrate_skips, emulate
 from sparsecomp.skipping.block import block_cosines, threshold_for
@@ -32,7 +35,7 @@ PLANS = ROOT / "build" / "skips"
 sys.path.insert(0, str(ROOT / "tests"))
 import models  # noqa: E402 -- lies with the tests, which use it more
 
-PARTS = ("quality", "relu", "speed", "weights")
+PARTS = ("quality", "relu", "speed", "weights", "plan", "prefill", "experts")
 QUALITY = {
     "threshold:0.25": 1.06,
     "threshold:0.4": 1.18,
@@ -45,6 +48,11 @@ QUALITY = {
 }
 SPEED = {"threshold:0.4": 1.10, "input:0.4": 1.18, "input:0.4 everywhere": 1.28, "block": 1.12, "nothing": 0.97}
 WEIGHTS = {"weights 50 %": 1.35, "weights 80 %": 1.8, "input:0.25": None, "weights 50 % and input:0.25": None}
+PLANNED = 0.2  # nats per token that a plan may lose
+PLANNED_SKIPS = ("threshold:0.25", "threshold:0.4", "input:0.25", "input:0.4", "input:0.5")
+PREFILL = 256  # tokens
+EXPERTS = {"dense": 0.97, "weights 50 %": None, "input:0.4": None}
+TURNS = 16  # tokens, one after the other
 TOGETHER = 1.05  # over the better of the two alone
 CALIBRATION = 16  # windows
 SCORED = 16  # windows
@@ -186,6 +194,36 @@ def relu(results: Results, rounds: int) -> None:
     keep(results)
 
 
+def experts(results: Results, rounds: int) -> None:
+    """A layer of a mixture whose experts no cache holds, for one token at a time: the picked experts change."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "intermediate_size": 1792, "num_local_experts": 8, "num_experts_per_tok": 2}
+    config = transformers.MixtralConfig(**sizes, num_hidden_layers=1, vocab_size=16, num_attention_heads=8)
+    layer = transformers.MixtralModel(config).eval().layers[0].mlp
+    tokens = list(torch.randn(TURNS, 1, 1, 1024))
+    compile_layer: Any = torch.compile
+    layers = {"inductor": layer, **{case: copy.deepcopy(layer) for case in EXPERTS}}
+    options: dict[str, dict[str, Any]] = {}
+    for case in EXPERTS:
+        sparsecomp.split_experts_(layers[case])
+    # Of random weights and inputs: only the speed is of interest.
+    sparsecomp.sparsify_(layers["weights 50 %"], "unstructured@0.5", filter_fn=lambda _, name: "experts." in name)
+    inside = list(torch.randn(4, 1, 256, 1024))
+    options["input:0.4"] = {"skip": calibrate_skips(layers["input:0.4"], inside, "input:0.4", layerwise=False)}
+    calls: dict[str, Any] = {}
+    for case, own in layers.items():
+        backend = "inductor" if case == "inductor" else "sparse"
+        compiled = compile_layer(own, backend=backend, options=options.get(case), isolate_recompiles=True)
+        calls[case] = lambda compiled=compiled: [compiled(token) for token in tokens]
+    with torch.inference_mode():
+        timings = interleave(calls, rounds=rounds)
+    for case in EXPERTS:
+        details = {"us": timings.median(case) / TURNS, "inductor us": timings.median("inductor") / TURNS}
+        name = f"experts, 2 of 8 of 1024-1792-1024, one token, {case}"
+        results.add(Row(name, timings.speedup(case, over="inductor"), "x Inductor", EXPERTS[case], details=details))
+    keep(results)
+
+
 def _details(row: Generation, dense: Generation) -> dict[str, Any]:
     same = float((row.tokens == dense.tokens).float().mean())
     return {"tokens/s": row.tokens_per_s, "Inductor tokens/s": dense.tokens_per_s, "same tokens": same}
@@ -226,6 +264,67 @@ def weights(subject: SmolLM2, cases: list[str], results: Results, new_tokens: in
     keep(results)
 
 
+def planned(subject: SmolLM2, results: Results, new_tokens: int, rounds: int) -> None:
+    """A plan of patterns and skips under a budget of quality: its predicted speed-up, and the measured one."""
+    path, model = _path("plan"), copy.deepcopy(subject.model)
+    used = [window[:, :128] for window in subject.calibration[:8]]
+    if not path.is_file():
+        one = {"input_ids": used[0][:, :1], "use_cache": False}
+        sparsecomp.plan(
+            model,
+            used,
+            max_quality_loss=PLANNED,
+            patterns=["unstructured@0.5"],
+            skips=PLANNED_SKIPS,
+            criterion="wanda",
+            inputs=one,
+            filter_fn=lambda _, name: ".layers." in name,
+        ).save(path)
+    plan = Plan.load(path)
+    sparsecomp.sparsify_(model, plan, criterion="wanda", calibration=used)
+    skips = calibrate_skips(model, used, plan)
+    dense = perplexity(subject.model, subject.scored)
+    with emulate(model, skips):
+        lost = perplexity(model, subject.scored) / dense
+    candidates = {
+        "Inductor": Candidate(subject.model, "inductor"),
+        "plan": Candidate(model, "sparse", {"plan": plan, "skip": skips}),
+    }
+    first, row = time_generation(candidates, subject.prompt, new_tokens=new_tokens, rounds=rounds)
+    assert plan.summary is not None
+    chosen = Counter(f"{choice.prune or 'dense'}{f' with {choice.skip}' if choice.skip else ''}" for choice in plan)
+    details = {
+        "predicted": plan.summary.dense_us / plan.summary.planned_us,
+        "loss": plan.summary.measured_loss,
+        "perplexity over dense": lost,
+        "linears": dict(chosen.most_common()),
+    }
+    case = f"tokens per second, plan for a loss of {PLANNED:g} nats per token"
+    results.add(Row(case, row.speedup, "x Inductor", details=_details(row, first) | details))
+    keep(results)
+
+
+def prefill(subject: SmolLM2, results: Results, rounds: int) -> None:
+    """A call of many tokens, of which the forms for few leave Inductor's graph as it was."""
+    prompt = torch.cat(subject.scored, dim=1)[:, :PREFILL]
+    compile_model: Any = torch.compile
+    cases = ("input:0.4", "threshold:0.4")
+    calls = {"inductor": compile_model(subject.model, backend="inductor", isolate_recompiles=True)}
+    for case in cases:
+        options = {"skip": subject.plan(case)}
+        calls[case] = compile_model(subject.model, backend="sparse", options=options, isolate_recompiles=True)
+    with torch.inference_mode():
+        timings = interleave(
+            {name: (lambda call=call: call(prompt, use_cache=False, logits_to_keep=1)) for name, call in calls.items()},
+            rounds=rounds,
+        )
+    for case in cases:
+        details = {"us": timings.median(case), "inductor us": timings.median("inductor")}
+        name = f"prefill, {PREFILL} tokens, {case}"
+        results.add(Row(name, timings.speedup(case, over="inductor"), "x Inductor", 0.97, details=details))
+    keep(results)
+
+
 def keep(results: Results) -> None:
     """Write the rows, and the earlier ones of other cases."""
     path = RESULTS / "generate.json"
@@ -235,7 +334,7 @@ def keep(results: Results) -> None:
     names = {field.name for field in fields(Row)}
     rows = {row["case"]: Row(**{key: value for key, value in row.items() if key in names}) for row in earlier}
     rows.update({row.case: row for row in results.rows})
-    order = ("perplexity", "tokens", "weights", "relu")
+    order = ("perplexity", "tokens", "weights", "prefill", "experts", "relu")
     ranked = sorted(rows.values(), key=lambda row: order.index(row.case.split(",")[0].split()[0]))
     Results("generate", ranked, NOTES).write()
 
@@ -260,14 +359,20 @@ def main() -> None:
 
     parts = options.part.split(",")
     results = Results("generate", notes=NOTES)
-    subject = SmolLM2(2 if options.quick else SCORED) if set(parts) - {"relu"} else None
+    subject = SmolLM2(2 if options.quick else SCORED) if set(parts) - {"relu", "experts"} else None
     for part in parts:
         if part == "relu":
             relu(results, 5 if options.quick else 31)
+        elif part == "experts":
+            experts(results, 5 if options.quick else 21)
         elif subject is not None and part == "quality":
             quality(subject, cases(QUALITY), results)
         elif subject is not None and part == "speed":
             speed(subject, cases(SPEED), results, options.new_tokens, options.rounds)
+        elif subject is not None and part == "plan":
+            planned(subject, results, options.new_tokens, options.rounds)
+        elif subject is not None and part == "prefill":
+            prefill(subject, results, options.rounds)
         elif subject is not None and part == "weights":
             weights(subject, cases(WEIGHTS), results, options.new_tokens, options.rounds)
         else:
