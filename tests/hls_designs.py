@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,12 @@ PATTERNS = (
     *("dense", "2:4", "1:4", "4:8", "2:16", "4:2:4", "16:2:4", "8:1:4", "4x4@0.5", "16x1@0.6", "1x8@0.7"),
     *("unstructured@0.5", "unstructured@0.9", "taps:4:9", "4:taps:4:9"),
 )
+
+
+def needs_pyosys() -> None:
+    """Skip the test without pyosys. It is not imported to find out: that makes every library loaded later global."""
+    if find_spec("pyosys") is None:
+        pytest.skip("pyosys is missing: pip install 'sparsecomp[fpga]'")
 
 
 def pruned(rng: np.random.Generator, pattern: str, outputs: int, inputs: int) -> np.ndarray:

@@ -77,7 +77,7 @@ def test_convolutions_and_poolings_are_bit_exact(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sparse_loops_take_their_share_of_the_slices_of_dense_and_a_requantisation_two() -> None:
     pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
-    pytest.importorskip("pyosys", reason="pyosys is missing: pip install 'sparsecomp[fpga]'")
+    d.needs_pyosys()
     # All of them read four inputs in a trip.
     tiles = {"dense": Tile(2, 4), "half": Tile(2, 1, 2, 4), "quarter": Tile(2, 1, 1, 4)}
     sources = {name: ("multiply", dslx.multiply(tile)) for name, tile in tiles.items()}
@@ -88,6 +88,6 @@ def test_sparse_loops_take_their_share_of_the_slices_of_dense_and_a_requantisati
 
 
 def test_a_family_that_yosys_cannot_map_is_refused() -> None:
-    pytest.importorskip("pyosys", reason="pyosys is missing: pip install 'sparsecomp[fpga]'")
+    d.needs_pyosys()
     with pytest.raises(ValueError, match="yosys maps xc7, xcup, not 'versal'"):
         map_cells("module a(); endmodule", ["a"], "versal")
