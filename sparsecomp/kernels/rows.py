@@ -82,7 +82,8 @@ def _gather_tile(args: tir.Arguments, schedule: QuadShape, token: tir.Expr, toke
     def narrowed(value: tir.Expr, count: int) -> tir.Expr:
         return tir.cast("float16" if count == 1 else f"float16x{count}", value) if schedule.half else value
 
-    with tir.loop(tir.ceil_div(full, per_line)) as line, tir.loop(schedule.vectors) as v:
+    # Along the rows of x, which processors fetch ahead of; across all rows of the tile they do not.
+    with tir.loop(schedule.vectors) as v, tir.loop(tir.ceil_div(full, per_line)) as line:
         rows = [tir.bind(source(v * lanes + i)) for i in range(lanes)]
         with tir.loop(tir.minimum(per_line, full - line * per_line)) as part:
             column = tir.bind((line * per_line + part) * lanes)

@@ -20,6 +20,8 @@ Int32 = npt.NDArray[np.int32]
 
 QUAD = 4
 QUAD_FIELDS = 8
+WORDS_AHEAD = 2
+"""Words that kernels load before they need them: so many zeros follow the last."""
 # Cells of the overlap matrices in memory at once while rows are matched.
 _OVERLAP_CELLS = 1 << 24
 # Rows among which partners are looked for; beyond, their counts differ too much.
@@ -39,6 +41,7 @@ class QuadWeight:
         block: columns of a block, at most 65536; the last block may have fewer.
         values: float32; for a word of shared columns 8, for another one 4.
         words: uint64, each four columns within their block: of a pair, the other pair, twice; or of the four rows.
+            `WORDS_AHEAD` zeros follow.
         quads: int32 `[quads, 8]`: where its values start, where its words start, words of shared columns, other words,
             its four rows within the chunk; `chunk` stands for no row.
         starts: int32 `[chunks * blocks + 1]`, the first quad of each block of each chunk.
@@ -144,7 +147,8 @@ class _Builder:
 
     def arrays(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint64], Int32, Int32]:
         starts = np.concatenate([[0], np.cumsum(self._counts, dtype=np.int64)]).astype(np.int32)
-        words = np.ascontiguousarray(np.concatenate(self._columns)).view(np.uint64)
+        spare = np.zeros(QUAD * WORDS_AHEAD, np.uint16)
+        words = np.concatenate([*self._columns, spare]).view(np.uint64)
         return np.concatenate(self._values), words, np.concatenate(self._quads), starts
 
     def add_chunk(self, dense: npt.NDArray[np.float32], chunk: int) -> None:

@@ -14,7 +14,7 @@ static const int TYPES[][WEIGHTS] = {
     [CONV] = {TYPE_FLOAT, TYPE_UINT16, TYPE_INT32, TYPE_INT32}, /* values, columns, quads, starts */
     [FULL] = {TYPE_FLOAT, 0, 0, 0},                             /* values */
 };
-enum { MASK_BITS = 16, QUAD = 4, QUAD_FIELDS = 8 };
+enum { MASK_BITS = 16, QUAD = 4, QUAD_FIELDS = 8, WORDS_AHEAD = 2 };
 
 int weight_type(enum Family family, int index) { return TYPES[family][index]; }
 
@@ -81,7 +81,7 @@ static const char *check_quads(const Kernel *k, Packed *p, int64_t begin, int64_
       if (quad[f] < 0) return "a quad has a negative field";
     int64_t words = (int64_t)quad[2] + quad[3], values = 2 * QUAD * (int64_t)quad[2] + QUAD * (int64_t)quad[3];
     if (quad[0] + values > p->lengths[0]) return "a quad reads behind the values";
-    if (QUAD * (quad[1] + words) > p->lengths[1]) return "a quad reads behind the columns";
+    if (QUAD * (quad[1] + words + WORDS_AHEAD) > p->lengths[1]) return "a quad reads behind the columns";
     for (int64_t c = QUAD * (int64_t)quad[1]; c < QUAD * (quad[1] + words); c++)
       if (columns[c] >= width) return "a column lies outside of its block";
     for (int m = 0; m < QUAD; m++) {
