@@ -64,7 +64,7 @@ def digits(model: nn.Module, pattern: str) -> tuple[nn.Module, Design]:
     sparse = copy.deepcopy(model)
     sparsecomp.sparsify_(sparse, pattern, filter_fn=lambda _, name: name != "0")
     with sparsecomp.freeze_masks(sparse):
-        hls_digits.train(sparse, x, y, 15)
+        hls_digits.train(sparse, x, y, 30)
     with tempfile.TemporaryDirectory() as folder:
         made = export_hls(
             hls_digits.exported(sparse, x),

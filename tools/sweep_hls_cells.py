@@ -43,10 +43,10 @@ def multiply_sizes(rng: Generator) -> Iterator[Sizes]:
         yield {"rows": rows, "groups": groups, "n": n, "m": m, "shared": shared, "sums": int(rng.integers(20, 31))}
 
 
-def multiply(name: str, sizes: Sizes) -> str:
+def multiply(name: str, sizes: Sizes) -> Module:
     """The tile loop."""
     tile = Tile(*(sizes[size] for size in ("rows", "groups", "n", "m", "shared")))
-    return to_verilog(Module(name, "multiply", 0, dslx.multiply(tile, sizes["sums"])))
+    return Module(name, "multiply", 0, dslx.multiply(tile, sizes["sums"]))
 
 
 def requantise_sizes(rng: Generator) -> Iterator[Sizes]:
@@ -57,24 +57,24 @@ def requantise_sizes(rng: Generator) -> Iterator[Sizes]:
         yield {"rows": int(rng.choice([1, 2, 3, 4, 8, 12, 16])), "sums": sums, "wide": wide, "serial": at % 2}
 
 
-def requantise(name: str, sizes: Sizes) -> str:
+def requantise(name: str, sizes: Sizes) -> Module:
     """What follows the loop."""
     rule = Requantise(np.array([40000]), np.array([sizes["wide"] - 2]), -3, -128, 127)
     source = dslx.requantise(sizes["rows"], rule, sizes["sums"], bool(sizes["serial"]))
-    return to_verilog(Module(name, "requantise", 0, source))
+    return Module(name, "requantise", 0, source)
 
 
 def pool_sizes(rng: Generator) -> Iterator[Sizes]:
     """The largest of windows, and their mean."""
-    for at in range(16):
-        yield {"taps": int(rng.choice([2, 3, 4, 6, 9, 16, 25, 49])), "mean": at % 2}
+    for taps in (2, 3, 4, 6, 9, 16, 25, 49):
+        yield from ({"taps": taps, "mean": mean} for mean in (0, 1))
 
 
-def pool(name: str, sizes: Sizes) -> str:
+def pool(name: str, sizes: Sizes) -> Module:
     """A pooling."""
     rule = Requantise.of(np.array([0.9 / sizes["taps"]]), 4) if sizes["mean"] else None
     layer = Pool("pool", Patches((1, sizes["taps"]), (1, 1), (0, 0, 0, 0), (1, 1), 0), 100, rule)
-    return to_verilog(Module(name, "pool", 0, dslx.pool(layer)))
+    return Module(name, "pool", 0, dslx.pool(layer))
 
 
 def look_up_sizes(rng: Generator) -> Iterator[Sizes]:
@@ -82,12 +82,12 @@ def look_up_sizes(rng: Generator) -> Iterator[Sizes]:
     yield from ({"seed": seed} for seed in range(8))
 
 
-def look_up(name: str, sizes: Sizes) -> str:
+def look_up(name: str, sizes: Sizes) -> Module:
     """GELU or a sigmoid at several scales: what tables hold is a smooth function."""
     x = np.arange(-128, 128) * [0.01, 0.02, 0.04, 0.06][sizes["seed"] // 2]
     smooth = 127 / (1 + np.exp(-1.7 * x))
     table = np.rint(smooth * x / np.abs(x).max() if sizes["seed"] % 2 else smooth).astype(np.int64)
-    return to_verilog(Module(name, "look_up", 0, dslx.look_up(Lookup("table", table))))
+    return Module(name, "look_up", 0, dslx.look_up(Lookup("table", table)))
 
 
 def vector_memory_sizes(rng: Generator) -> Iterator[Sizes]:
@@ -132,6 +132,12 @@ def line_windows_sizes(rng: Generator) -> Iterator[Sizes]:
         yield sizes | dict.fromkeys(("TOP", "LEFT", "BOTTOM", "RIGHT"), pads) | {"FILL": -7}
 
 
+def stream_memory_sizes(rng: Generator) -> Iterator[Sizes]:
+    """Values, and windows of up to 25."""
+    for depth in (4, 16, 48, 96, 300, 500):
+        yield from ({"DEPTH": depth, "BITS": 8 * taps} for taps in (1, 4, 9, 25))
+
+
 def memory(kind: str) -> Callable[[str, Sizes], tuple[str, dict[str, str]]]:
     """How a module of memories.v is built: its instance, and random contents."""
 
@@ -161,6 +167,8 @@ def memory(kind: str) -> Callable[[str, Sizes], tuple[str, dict[str, str]]]:
         elif kind == "queue_memory":
             given = sizes["BITS"] + 9 * sizes["WORD"]
             rom("ROWS_FILE", sizes["GROUPS"] * sizes["WORDS"], sizes["BITS"])
+        elif kind == "stream_memory":
+            given = taken = sizes["BITS"]
         elif kind == "cyclic_memory":
             given, taken = sizes["BITS"], 0
             rom("FILE", sizes["DEPTH"], sizes["BITS"])
@@ -177,8 +185,8 @@ def memory(kind: str) -> Callable[[str, Sizes], tuple[str, dict[str, str]]]:
     return build
 
 
-Built = str | tuple[str, dict[str, str]]
-"""Verilog, and the contents of memories by file name."""
+Built = Module | tuple[str, dict[str, str]]
+"""A process, or Verilog and the contents of memories by file name."""
 KINDS: Mapping[str, tuple[Callable[[Generator], Iterator[Sizes]], Callable[[str, Sizes], Built]]] = {
     "multiply": (multiply_sizes, multiply),
     "requantise": (requantise_sizes, requantise),
@@ -188,6 +196,7 @@ KINDS: Mapping[str, tuple[Callable[[Generator], Iterator[Sizes]], Callable[[str,
     "queue_memory": (queue_memory_sizes, memory("queue_memory")),
     "cyclic_memory": (cyclic_memory_sizes, memory("cyclic_memory")),
     "line_windows": (line_windows_sizes, memory("line_windows")),
+    "stream_memory": (stream_memory_sizes, memory("stream_memory")),
 }
 
 
@@ -204,13 +213,15 @@ def main() -> None:
         every = list(sizes_of(np.random.default_rng(0)))
         for at in range(0, len(every), TOGETHER):
             batch = every[at : at + TOGETHER]
-            verilog, files, names = resource("memories.v"), dict[str, str](), []
-            for number, sizes in enumerate(batch):
-                names.append(f"unit{number}")
-                built = build(names[-1], sizes)
-                text, contents = built if isinstance(built, tuple) else (built, {})
-                verilog += text
-                files |= contents
+            verilog, files = resource("memories.v"), dict[str, str]()
+            names = [f"unit{number}" for number in range(len(batch))]
+            for name, sizes in zip(names, batch, strict=True):
+                built = build(name, sizes)
+                if isinstance(built, Module):
+                    verilog += to_verilog(built)
+                else:
+                    verilog += built[0]
+                    files |= built[1]
             for sizes, cells in zip(batch, map_cells(verilog, names, FAMILY, files), strict=True):
                 points[kind].append({"sizes": sizes, "cells": cells})
                 print(kind, sizes, cells, flush=True)

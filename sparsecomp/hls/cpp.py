@@ -14,6 +14,7 @@ import numpy.typing as npt
 from sparsecomp.hls.design import Design, Option
 from sparsecomp.hls.kernel import Schedule
 from sparsecomp.hls.network import Integers, Layer, Linear, Lookup, Patches, Pool, Requantise, Shape
+from sparsecomp.hls.units import stream_units
 
 _LINE = 110
 
@@ -128,9 +129,13 @@ def _top(design: Design, name: str) -> str:
         "#pragma HLS interface ap_ctrl_hs port=return",
         "#pragma HLS dataflow",
     ]
-    for at in range(1, count):
-        lines += [f"    sparse::Stream s{at};", f"#pragma HLS stream variable=s{at} depth=2"]
-    for at, (layer, shape) in enumerate(zip(design.network.layers, design.network.shapes(), strict=False)):
+    layers = list(zip(design.network.layers, design.network.shapes(), strict=False))
+    for at, (layer, shape) in list(enumerate(layers))[1:]:
+        depth = 2
+        if isinstance(layer, Linear) and layer.patches is not None:
+            depth = stream_units(layer.patches, shape)[0][1]["DEPTH"]
+        lines += [f"    sparse::Stream s{at};", f"#pragma HLS stream variable=s{at} depth={depth}"]
+    for at, (layer, shape) in enumerate(layers):
         source, target = "in" if at == 0 else f"s{at}", "out" if at == count - 1 else f"s{at + 1}"
         space = f"{name}_layers::"
         if isinstance(layer, Lookup):
@@ -173,6 +178,7 @@ def _patches(patches: Patches, shape: Shape, at: int) -> str:
     values |= {"STRIDE_ROWS": patches.strides[0], "STRIDE_COLUMNS": patches.strides[1]}
     values |= {"DILATION_ROWS": patches.dilations[0], "DILATION_COLUMNS": patches.dilations[1]}
     values |= dict(zip(("TOP", "LEFT", "BOTTOM", "RIGHT"), patches.pads, strict=True)) | {"FILL": patches.fill}
+    values |= {"ROW": stream_units(patches, shape)[1][1]["DEPTH"]}
     return f"struct Patches{at} {{\n{_constants(values)}\n}};"
 
 

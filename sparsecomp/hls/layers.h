@@ -260,7 +260,7 @@ template <typename L, typename P>
 void convolution(Stream& in, Stream& out) {
 #pragma HLS dataflow
     hls::stream<Chunk<P> > chunks;
-#pragma HLS stream variable=chunks depth=2
+#pragma HLS stream variable=chunks depth=P::ROW
     windows<P>(in, chunks);
     positions<L, P>(chunks, out);
 }

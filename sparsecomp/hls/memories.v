@@ -309,3 +309,31 @@ module cyclic_memory #(
         end
     end
 endmodule
+
+// Holds up to DEPTH values, so that what gives them need not wait for what takes them.
+module stream_memory #(
+    parameter DEPTH = 2, BITS = 8
+) (
+    input wire clk, input wire rst,
+    input wire [BITS - 1:0] in_data, input wire in_vld, output wire in_rdy,
+    output reg [BITS - 1:0] out_data, output reg out_vld, input wire out_rdy
+);
+    reg [BITS - 1:0] values [0:DEPTH - 1];
+    reg [$clog2(DEPTH + 1) - 1:0] count, from, to;
+    assign in_rdy = count != DEPTH;
+    wire taken = in_vld && in_rdy;
+    wire step = !out_vld || out_rdy;
+    wire given = step && count != 0;
+    always @(posedge clk) begin
+        if (taken) values[to] <= in_data;
+        if (given) out_data <= values[from];
+        if (rst) begin
+            count <= 0; from <= 0; to <= 0; out_vld <= 0;
+        end else begin
+            count <= count + taken - given;
+            if (taken) to <= to == DEPTH - 1 ? 0 : to + 1;
+            if (given) from <= from == DEPTH - 1 ? 0 : from + 1;
+            if (step) out_vld <= given;
+        end
+    end
+endmodule

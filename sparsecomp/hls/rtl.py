@@ -18,7 +18,7 @@ from sparsecomp.hls.cpp import resource
 from sparsecomp.hls.design import Design
 from sparsecomp.hls.kernel import Schedule
 from sparsecomp.hls.network import Integers, Linear, Lookup, Patches, Pool, Shape
-from sparsecomp.hls.units import vectors_unit, windows_unit
+from sparsecomp.hls.units import stream_units, vectors_unit, windows_unit
 
 STAGES = {"multiply": 4, "requantise": 4, "pool": 4, "look_up": 1}
 """Pipeline stages that XLS schedules a process into."""
@@ -78,7 +78,10 @@ def modules(design: Design, files: dict[str, str]) -> list[Module]:
             chain.append(Module(f"{name}_pool", "pool", 8, dslx.pool(layer)))
         elif made is not None:
             if layer.patches is not None:
+                before, after = stream_units(layer.patches, shapes[at])
+                chain.append(Module(f"{name}_before", before[0], 8, parameters={**before[1]}))
                 chain.append(_windows(name, layer.patches, shapes[at]))
+                chain.append(Module(f"{name}_after", after[0], after[1]["BITS"], parameters={**after[1]}))
             chain += _linear(name, layer, made, design.options[at].serial, files)
     return chain
 

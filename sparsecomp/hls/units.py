@@ -32,7 +32,10 @@ def linear_units(layer: Linear, shape: Shape, tile: Tile, rows: int, serial: boo
         rows: of its memory of weights: trips, of a queue those without a skip.
         serial: whether it requantises without a multiplier.
     """
-    windows = [] if layer.patches is None else [windows_unit(layer.patches, shape)]
+    windows: list[Unit] = []
+    if layer.patches is not None:
+        before, after = stream_units(layer.patches, shape)
+        windows = [before, windows_unit(layer.patches, shape), after]
     loop = {"rows": tile.rows, "groups": tile.groups, "n": tile.n, "m": tile.m, "shared": tile.shared}
     values = 8 if layer.skip is None else 9
     return [
@@ -57,6 +60,17 @@ def vectors_unit(layer: Linear, tile: Tile, rows: int) -> Unit:
         return "queue_memory", sizes
     chunk = layer.patches.taps if layer.patches is not None else 1
     return "vector_memory", sizes | {"TRIPS": rows, "CHUNK": chunk, "ORDERED": int(layer.order is not None)}
+
+
+def stream_units(patches: Patches, shape: Shape) -> tuple[Unit, Unit]:
+    """What is held before and after the windows of a convolution, a row of each.
+
+    While padding runs through the windows no value is taken, and at the beginning of a picture no window is given;
+    without these the layers before and after would wait, and a pipeline of equally slow layers would not keep its pace.
+    """
+    before = {"DEPTH": shape.columns * shape.width, "BITS": 8}
+    after = {"DEPTH": patches.out(shape)[1] * shape.width, "BITS": 8 * patches.taps}
+    return ("stream_memory", before), ("stream_memory", after)
 
 
 def windows_unit(patches: Patches, shape: Shape) -> Unit:

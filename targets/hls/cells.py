@@ -209,6 +209,13 @@ def _cyclic_memory(sizes: Sizes) -> _Parts:
     return _Parts(0, rom.ramb18, lut, ff)
 
 
+def _stream_memory(sizes: Sizes) -> _Parts:
+    depth, bits = sizes["DEPTH"], sizes["BITS"]
+    count, lutram = _ram(depth, bits)
+    lut = {"unit": 1, "memories": lutram, "places": _bits(depth)}
+    return _Parts(0, count, lut, {"unit": 1, "places": _bits(depth), "registers": 0 if count else bits})
+
+
 def _line_windows(sizes: Sizes) -> _Parts:
     kernel = sizes["KERNEL_ROWS"], sizes["KERNEL_COLUMNS"]
     line = (sizes["WIDTH"] + sizes["LEFT"] + sizes["RIGHT"]) * sizes["CHANNELS"]
@@ -231,6 +238,7 @@ _PARTS = {
     "queue_memory": _queue_memory,
     "cyclic_memory": _cyclic_memory,
     "line_windows": _line_windows,
+    "stream_memory": _stream_memory,
 }
 
 

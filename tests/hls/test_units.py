@@ -1,16 +1,19 @@
-"""Sizes that cells are predicted from are those that the Verilog is written with."""
+"""Sizes that cells are predicted from are those that the Verilog is written with, and so are the cells."""
 
 from __future__ import annotations
 
 import hls_designs as d
 import numpy as np
+import pytest
 
-from sparsecomp.hls.design import linear_options
+from sparsecomp.hls.design import design, linear_options
 from sparsecomp.hls.kernel import Tile
 from sparsecomp.hls.network import Patches, Pool, Requantise, Shape
-from sparsecomp.hls.rtl import modules
+from sparsecomp.hls.rtl import modules, rtl_project
+from sparsecomp.hls.rtl_tools import map_cells
 from sparsecomp.hls.units import linear_units, pool_units
 from sparsecomp.patterns import Pattern
+from sparsecomp.targets.hls import part
 
 
 def test_a_network_is_written_in_the_modules_that_are_counted() -> None:
@@ -40,3 +43,21 @@ def test_a_network_is_written_in_the_modules_that_are_counted() -> None:
         if not module.source:
             numbers = {name: value for name, value in module.parameters.items() if isinstance(value, int)}
             assert numbers == sizes, kind
+
+
+@pytest.mark.slow
+@pytest.mark.fpga
+def test_a_whole_design_takes_the_cells_that_are_predicted() -> None:
+    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
+    d.needs_pyosys()
+    rng = np.random.default_rng(1)
+    layers = [d.linear(rng, d.pruned(rng, "2:4", 96, 64)), d.linear(rng, d.pruned(rng, "dense", 8, 96))]
+    made = design(d.network_of(layers, Shape(4, 64)), part("xczu7ev"), max_dsp=14)
+    files = {name: content.decode() for name, content in rtl_project(made).items()}
+    verilog = "".join(text for name, text in files.items() if name.endswith(".v"))
+    memories = {name: text for name, text in files.items() if name.endswith(".hex")}
+    found = map_cells(verilog, ["top"], "xcup", memories)[0]
+    assert (found["DSP"], found["RAMB18"]) == (made.cells.dsp, made.cells.ramb18)
+    assert found["RAMB18"] > 0
+    assert made.cells.lut == pytest.approx(found["LUT"], rel=0.2)
+    assert made.cells.ff == pytest.approx(found["FF"], rel=0.2)
