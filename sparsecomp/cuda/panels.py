@@ -1,66 +1,123 @@
-"""Weights for the sparse tensor cores: columns chosen per panel of 16 rows, then 2 of each 4 (VENOM's form)."""
+"""Weights for the tensor cores: a panel of rows chooses columns, a row keeps all or 2 of each 4 of them (VENOM)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-PANEL = 16
 STEP = 32
+HALF = (torch.float16, torch.bfloat16)
+
+# The registers of mma.m16n8k16 and mma.sp.m16n8k32 that hold a [16, 16] matrix of 16-bit values: register i of lane
+# 4 g + t has row g + 8 (i % 2) and the columns 2 t + 8 (i // 2) and the next (PTX ISA, the fragments of matrix A).
+_LANE, _REGISTER, _VALUE = torch.arange(32)[:, None, None], torch.arange(4)[:, None], torch.arange(2)
+_ROW = (_LANE // 4 + 8 * (_REGISTER % 2)).expand(32, 4, 2)
+_COLUMN = (_LANE % 4 * 2 + 8 * (_REGISTER // 2) + _VALUE).expand(32, 4, 2)
 
 
-@dataclass(frozen=True)
-class SparsePanels:
-    """A weight ``[rows, columns]`` as ``kernels/panel_sparse.cu`` reads it.
+def pack_panels(weight: Tensor, rows: int, run: int = 1) -> dict[str, Tensor]:
+    """Pack a weight ``[outputs, inputs]`` whose panels of rows keep the same columns, all of a kept column.
 
-    Attributes:
-        values: ``[steps, 16, 16]`` float16 or bfloat16, two of each four columns.
-        places: ``[steps, 8, 2]`` int32, the metadata of ``mma.sp.m16n8k32``: row ``g`` in the low half, ``g + 8`` in
-            the high one.
-        columns: ``[steps, 32]`` int32, -1 where a step is padded.
-        starts: ``[panels + 1]`` int32, the first step of each panel.
+    Args:
+        weight: float16 or bfloat16 for ``kernels/panel_tensor.cu`` (SPARSE 0), float32 for ``kernels/panel_fma.cu``.
+        rows: Of a panel: 16, 32 or 64.
+        run: Columns are kept in runs of so many neighbours that begin at its multiples: 1, or ``rows`` for blocks.
+
+    Returns:
+        ``weights``: int32 ``[steps, ...]``, the registers of the lanes, 32 columns a step (64 where ``run`` is); or
+        float32 ``[steps, 16, rows]``. ``columns``: int32 ``[steps, columns of a step / run]``, first of each run, -1
+        where a step is padded. ``starts``: int32 ``[panels + 1]``, the first step of each panel.
+
+    Raises:
+        ValueError: The weight is empty, or no matrix of these types.
     """
+    _check(weight, (*HALF, torch.float32), rows)
+    step = 16 if weight.dtype == torch.float32 else max(STEP, run)
+    tiles, columns, starts = [], [], [0]
+    for tile in _panels(weight, rows, run):
+        kept = (tile != 0).reshape(rows, -1, run).any(dim=2).any(dim=0).nonzero().flatten() * run
+        runs = functional.pad(kept, (0, -len(kept) % (step // run)), value=-1).reshape(-1, step // run)
+        # The column after the last is zero: padding reads it.
+        places = torch.where(runs[..., None] < 0, tile.shape[1], runs[..., None] + torch.arange(run))
+        values = functional.pad(tile, (0, 1))[:, places.reshape(len(runs), step)]
+        tiles.append(values.transpose(0, 1))
+        columns.append(runs)
+        starts.append(starts[-1] + len(runs))
+    values = torch.cat(tiles)
+    if weight.dtype == torch.float32:
+        weights = values.transpose(1, 2).contiguous()
+    else:
+        parts = values.reshape(len(values), rows // 16, 16, step // 32, 2, 16).permute(0, 3, 1, 4, 2, 5)
+        weights = _registers(parts).reshape(len(values), -1)
+    return _with_starts(weights, torch.cat(columns), starts)
 
-    values: Tensor
-    places: Tensor
-    columns: Tensor
-    starts: Tensor
 
-    @classmethod
-    def pack(cls, weight: Tensor) -> SparsePanels:
-        """Pack any weight: columns are put in order into groups of four, a group is closed before a row has three.
+def pack_sparse_panels(weight: Tensor, rows: int) -> dict[str, Tensor]:
+    """Pack any float16 or bfloat16 weight ``[outputs, inputs]`` for ``kernels/panel_tensor.cu`` (SPARSE 1).
 
-        The form is that of VENOM (Castro et al., SC 2023, section 4): columns selected per panel, 2:4 among them.
+    Columns of a panel are put in order into groups of four, and a group is closed before a row has three. The form is
+    that of VENOM (Castro et al., SC 2023, section 4): columns selected per panel, 2:4 among them.
 
-        Raises:
-            ValueError: The weight is empty, or not a float16 or bfloat16 matrix.
-        """
-        if weight.ndim != 2 or not weight.numel() or weight.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"got {weight.dtype} of shape {tuple(weight.shape)}; pass a non-empty float16 or bfloat16 matrix"
-            )
-        rows, _ = weight.shape
-        values, places, columns, starts = [], [], [], [0]
-        for first in range(0, rows, PANEL):
-            tile = weight.new_zeros(PANEL, weight.shape[1] + 1)  # the last column is the padding's
-            part = weight[first : first + PANEL]
-            tile[: len(part), :-1] = part
-            slots = _slots(tile != 0)
-            steps = len(slots) // STEP
-            chosen = torch.tensor(slots, dtype=torch.int64).reshape(steps, STEP)
-            fours = tile[:, chosen].permute(1, 0, 2).reshape(steps, PANEL, STEP // 4, 4)
-            order = (fours == 0).to(torch.int8).argsort(dim=3, stable=True)[..., :2].sort(dim=3).values
-            values.append(fours.gather(3, order).reshape(steps, PANEL, STEP // 2))
-            bits = (order.reshape(steps, PANEL, 2, 8) << (2 * torch.arange(8))).sum(dim=3)
-            places.append((bits[:, :8] | bits[:, 8:] << 16).to(torch.int32))
-            columns.append(chosen.to(torch.int32))
-            starts.append(starts[-1] + steps)
-        return cls(torch.cat(values), torch.cat(places), torch.cat(columns), torch.tensor(starts, dtype=torch.int32))
+    Args:
+        weight: The weight.
+        rows: Of a panel: 16, 32 or 64.
+
+    Returns:
+        ``weights``: int32 ``[steps, rows / 16, 144]``: the registers of the 32 lanes, then the metadata of the lanes
+        4 g and 4 g + 1 (selector 0). ``columns``: int32 ``[steps, 32]``, -1 where a step is padded. ``starts``: int32
+        ``[panels + 1]``, the first step of each panel.
+
+    Raises:
+        ValueError: The weight is empty, or not a float16 or bfloat16 matrix.
+    """
+    _check(weight, HALF, rows)
+    tiles, columns, starts = [], [], [0]
+    for tile in _panels(weight, rows, 1):
+        slots = _slots(tile != 0)
+        steps = len(slots) // STEP
+        chosen = torch.tensor(slots, dtype=torch.int64).reshape(steps, STEP)
+        fours = functional.pad(tile, (0, 1))[:, chosen].transpose(0, 1).reshape(steps, rows, STEP // 4, 4)
+        order = (fours == 0).to(torch.int8).argsort(dim=3, stable=True)[..., :2].sort(dim=3).values
+        values = fours.gather(3, order).reshape(steps, rows // 16, 1, 16, STEP // 2)
+        # Row g of 16 lies in the low half of a word and row g + 8 in the high one; 16 columns in lane 4 g, the others
+        # in 4 g + 1 (CUTLASS's `reorder_meta`; LLVM's test of nvgpu.mma.sp.sync on a card says the same).
+        bits = (order.reshape(steps, rows // 16, 2, 8, 2, 8) << (2 * torch.arange(8))).sum(dim=5)
+        metadata = (bits[:, :, 0] | bits[:, :, 1] << 16).to(torch.int32).reshape(steps, rows // 16, 16)
+        tiles.append(torch.cat([_registers(values).reshape(steps, rows // 16, 128), metadata], dim=2))
+        columns.append(chosen)
+        starts.append(starts[-1] + steps)
+    return _with_starts(torch.cat(tiles), torch.cat(columns), starts)
+
+
+def _check(weight: Tensor, dtypes: tuple[torch.dtype, ...], rows: int) -> None:
+    if weight.ndim != 2 or not weight.numel() or weight.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"got {weight.dtype} of shape {tuple(weight.shape)}; pass a non-empty {names} matrix")
+    if rows not in (16, 32, 64):
+        raise ValueError(f"got panels of {rows} rows; the kernels have 16, 32 and 64")
+
+
+def _panels(weight: Tensor, rows: int, run: int) -> tuple[Tensor, ...]:
+    outputs, inputs = weight.shape
+    return functional.pad(weight, (0, -inputs % run, 0, -outputs % rows)).split(rows)
+
+
+def _registers(matrices: Tensor) -> Tensor:
+    """int32 ``[..., 32, 4]`` of 16-bit ``[..., 16, 16]``."""
+    return matrices[..., _ROW, _COLUMN].contiguous().view(torch.int32).squeeze(-1)
+
+
+def _with_starts(weights: Tensor, columns: Tensor, starts: list[int]) -> dict[str, Tensor]:
+    return {
+        "weights": weights,
+        "columns": columns.to(torch.int32),
+        "starts": torch.tensor(starts, dtype=torch.int32),
+    }
 
 
 def _slots(kept: Tensor) -> list[int]:
+    """Columns in groups of four that hold at most two kept entries of a row, -1 where a group is padded."""
     slots: list[int] = []
     group = torch.zeros(len(kept), dtype=torch.int64)
     for column in kept.any(dim=0).nonzero().flatten().tolist():

@@ -1,0 +1,41 @@
+"""Every kernel for every architecture, compiled without a card."""
+
+import pytest
+
+from sparsecomp.cuda.library import FFN, KERNELS, MAX_SHARED
+from sparsecomp.cuda.nvrtc import ARCHITECTURES, compile_kernel, resources
+
+COMPILED = [
+    *((kernel.name, kernel.source, kernel.defines, (kernel.entry,), kernel.mma_sp) for kernel in KERNELS),
+    *((ffn.name, ffn.source, ffn.defines, (ffn.hidden_entry, ffn.down_entry), False) for ffn in FFN),
+]
+MOST_REGISTERS = 128
+"""Of a thread, so that a multiprocessor has room for 512 threads (of 65536 registers)."""
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles_within_the_limits_and_without_spills(arch):
+    pytest.importorskip("nvidia", reason="nvidia-cuda-nvrtc is missing")
+    for name, source, defines, entries, sparse in COMPILED:
+        cubin, ptx, log = compile_kernel(source, arch, defines)
+        assert cubin[:4] == b"\x7fELF", name
+        assert ("mma.sp" in ptx) == sparse, name
+        assert ("mma.sync" in ptx) == (source == "panel_tensor" and not sparse), name
+        assert ("cp.async" in ptx) == source.startswith("panel"), name
+        for entry in entries:
+            taken = resources(log, entry)
+            assert taken.spilled == 0, log
+            assert taken.registers <= MOST_REGISTERS, log
+            assert taken.shared <= 48 * 1024 < MAX_SHARED, log
+
+
+def test_what_cannot_be_compiled_says_why():
+    with pytest.raises(ValueError, match="choose one of sm_80"):
+        compile_kernel("rows", "sm_70")
+    pytest.importorskip("nvidia", reason="nvidia-cuda-nvrtc is missing")
+    with pytest.raises(ValueError, match="refuses kernel 'panel_fma' for sm_80"):
+        compile_kernel("panel_fma", "sm_80", ("F32",))
+    with pytest.raises(ValueError, match="does not tell what 'other'"):
+        resources(compile_kernel("rows", "sm_80", ("F32",))[2], "other")
