@@ -107,15 +107,21 @@ def sparse(
         A callable that takes the graph's inputs.
 
     Raises:
-        ValueError: an option is unknown or has a bad value, or the target cannot run on this machine.
+        ValueError: an option is unknown or has a bad value, or the target that was named cannot run on this machine.
     """
     try:
         parsed = Options.parse(options, mode)
+    except ValueError as error:
+        raise OptionError(str(error), first_useful_frame=inspect.currentframe()) from None
+    try:
         target = parsed.resolve_target(example_inputs)
         if (missing := target.why_not_here()) is not None:
             raise ValueError(f"target {target.name} cannot run here: {missing}; sparsecomp.explain and plan take it")
     except ValueError as error:
-        raise OptionError(str(error), first_useful_frame=inspect.currentframe()) from None
+        if parsed.target is not None:
+            raise OptionError(str(error), first_useful_frame=inspect.currentframe()) from None
+        # Nobody asked for a target: hardware that none is for, such as an old card, runs as under Inductor.
+        return _dense(gm, example_inputs, f"no target for this hardware: {error}")
     return compile_graph(gm, example_inputs, parsed, target)
 
 
@@ -149,6 +155,13 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
         compiled = _inductor(gm, example_inputs)
     _record(compilation, debug)
     return _with_fresh_weights(compiled, rewrite.sites, rewrite.experts)
+
+
+def _dense(gm: fx.GraphModule, example_inputs: Sequence[Any], reason: str) -> Compiled:
+    """What Inductor makes of the graph, with the reason in the record."""
+    compilation = Compilation(Plan("none", threads=torch.get_num_threads()), reasons=[reason])
+    _record(compilation, DebugFolder())
+    return _inductor(gm, example_inputs)
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:

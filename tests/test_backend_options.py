@@ -11,6 +11,7 @@ from torch import nn
 
 from sparsecomp import Plan, backend
 from sparsecomp.backend import Compilation, compilations
+from sparsecomp.options import Options
 
 
 def last() -> Compilation:
@@ -184,3 +185,17 @@ class TestDebugging:
             compile_model(pruned(Block()))(torch.randn(4, 32))
         assert "expected 0, 1 (plan)" in caplog.text
         assert list(tmp_path.iterdir()) == []
+
+
+def test_hardware_without_a_target_runs_as_under_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Options, tensors: object = ()) -> None:
+        raise ValueError("an old card has no sparse tensor cores")
+
+    monkeypatch.setattr(Options, "resolve_target", refuse)
+    model, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="sparse")(x), model(x))
+    assert compilations()[-1].reasons == ["no target for this hardware: an old card has no sparse tensor cores"]
+    # Who names a target wants it.
+    with pytest.raises(ValueError, match="an old card"), torch.no_grad():
+        torch.compile(torch.nn.Linear(8, 8), backend="sparse", options={"target": "x86:generic"})(x)
