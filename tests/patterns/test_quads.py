@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsecomp.patterns.quads import QuadWeight
+from sparsecomp.patterns.quads import WORDS_AHEAD, QuadWeight
 
 
 def weight(outputs: int, columns: int, density: float, seed: int = 0) -> torch.Tensor:
@@ -43,6 +43,13 @@ def test_a_quad_has_four_rows_of_its_chunk_and_every_row_once() -> None:
             rows = packed.quads[packed.starts[at] : packed.starts[at + 1], 4:].ravel()
             assert sorted(rows[rows < 8].tolist()) == list(range(size))
             assert np.all(rows[rows >= size] == 8)
+
+
+def test_words_that_are_loaded_ahead_of_the_last_quad_are_there() -> None:
+    packed = QuadWeight.pack(weight(12, 20, 0.3), chunk=8, block=8)
+    last = packed.quads[-1]
+    assert last[1] + last[2] + last[3] + WORDS_AHEAD == len(packed.words)
+    assert not packed.words[-WORDS_AHEAD:].any()
 
 
 def test_rows_that_share_columns_load_them_once() -> None:

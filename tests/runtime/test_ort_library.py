@@ -190,6 +190,16 @@ def test_damaged_weights_are_errors_or_harmless(built: tuple[str, Path], data: s
             raise
 
 
+def test_columns_end_with_those_that_are_loaded_ahead(tmp_path: Path) -> None:
+    output, _ = cases.optimized(_model("rows"), tmp_path, kernel="rows")
+    model = onnx.load(output)
+    tensor = next(item for item in model.graph.initializer if item.name.endswith("columns"))
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[:-4], tensor.name))
+    del model.functions[:]
+    with pytest.raises(Exception, match="a quad reads behind the columns"):
+        cases.session(model, _library(output))
+
+
 def test_weights_that_are_no_constants_are_refused(built: tuple[str, Path]) -> None:
     _, output = built
     model = onnx.load(output)
