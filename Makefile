@@ -41,6 +41,7 @@ bench: $(STAMPS)/dev
 	$(PY) benchmarks/bench_conv_quality.py
 	$(PY) benchmarks/bench_cost_model.py $(BENCH_ARGS)
 	$(PY) benchmarks/bench_onnx.py $(BENCH_ARGS)
+	$(PY) benchmarks/bench_cuda.py
 	$(PY) benchmarks/bench_cuda_cost.py
 	$(PY) benchmarks/write_results.py
 

@@ -8,7 +8,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = ("kernels", "models", "conv", "conv_quality", "cost_model", "pruning", "planner", "generate", "onnx")
-NAMES += ("arm", "cuda_cost", "hls", "hls_rtl", "hls_forms")
+NAMES += ("arm", "cuda", "cuda_cost", "hls", "hls_rtl", "hls_forms")
 
 HEAD = """# Results
 
