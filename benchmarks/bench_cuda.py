@@ -57,12 +57,13 @@ def main() -> None:
         details = {arch: f"{item.registers} / {item.shared}" for arch, item in taken.items()}
         spilled = max(item.spilled for item in taken.values())
         results.add(Row(f"{name}: spilled, worst architecture", spilled, "bytes", 0, at_most=True, details=details))
-    lines = [
-        f' "{arch}": {json.dumps({name: [taken[arch].registers, taken[arch].shared] for name, taken in found.items()})}'
-        for arch in ARCHITECTURES
-    ]
+    taken_of = {
+        arch: {name: [of[arch].registers, of[arch].shared] for name, of in found.items()} for arch in ARCHITECTURES
+    }
+    lines = [f'  "{arch}": {json.dumps(taken)}' for arch, taken in taken_of.items()]
     head = f' "comment": {json.dumps(COMMENT)},\n "compiler": {json.dumps(nvrtc)}'
-    DATA.write_text("{\n" + ",\n".join([head, *lines]) + "\n}\n", encoding="utf-8")
+    kernels = ",\n".join(lines)
+    DATA.write_text(f'{{\n{head},\n "kernels": {{\n{kernels}\n }}\n}}\n', encoding="utf-8")
     results.finish()
 
 

@@ -1,13 +1,17 @@
-"""For tests of cards where there is none: a target that runs on the CPU, and cuSPARSELt's calls by their meaning."""
+"""For tests of cards where there is none: a target that runs on the CPU, with cuSPARSELt's calls by their meaning."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
+from cuda_emulation import emulate
 from torch import Tensor
 
+from sparsecomp.cuda.library import CudaKernel, Launch
+from sparsecomp.targets.cuda import kernels
 from sparsecomp.targets.cuda.cards import card
 from sparsecomp.targets.cuda.target import CudaTarget
 
@@ -73,4 +77,23 @@ def cusparselt_on_cpu() -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("_cslt_compress", compress, "CPU")
         library.impl("_cslt_sparse_mm", multiply, "CPU")
+        yield
+
+
+class EmulatedFunction:
+    """A kernel under the emulator, called as `sparsecomp.cuda.driver.Function` is."""
+
+    def __init__(self, kernel: CudaKernel, arch: str) -> None:
+        assert arch == "sm_90"
+        self._kernel = emulate(kernel)
+
+    def __call__(self, launch: Launch, arguments: Sequence[Tensor | int | None], device: torch.device) -> None:
+        assert device.type == "cpu"
+        assert self._kernel.run(launch, arguments) == ""
+
+
+@contextmanager
+def kernels_on_cpu() -> Iterator[None]:
+    """Let our kernels run on CPU tensors, under the emulator."""
+    with mock.patch.object(kernels, "function_of", EmulatedFunction):
         yield

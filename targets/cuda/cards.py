@@ -32,6 +32,7 @@ class Card:
         l2: bytes of the L2 cache.
         shared: bytes of shared memory of a multiprocessor.
         warps: that are resident on a multiprocessor at most.
+        blocks: that are resident on a multiprocessor at most.
         peak: TFLOPS (or TOPS) of dense products, by the names of `RATES`.
         share: of the peak that large products sustain under the card's limit of power, by the names of `RATES`, for
             dense products and for 2:4 (there of twice the peak).
@@ -49,6 +50,7 @@ class Card:
     l2: int
     shared: int
     warps: int
+    blocks: int
     peak: dict[str, float]
     share: dict[str, tuple[float, float]]
     base: tuple[float, float]
@@ -90,6 +92,7 @@ def card(name: str) -> Card:
         found["l2"],
         limits["shared"],
         limits["warps"],
+        limits["blocks"],
         found["peak"],
         {kind: (dense, sparse) for kind, (dense, sparse) in chosen["share"].items()},
         (chosen["base"][0], chosen["base"][1]),

@@ -27,6 +27,8 @@ ROWS = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32}
 """Weights need a multiple of so many rows and columns (`SparseSemiStructuredTensorCUSPARSELT` of PyTorch)."""
 TOKENS = {torch.float16: 8, torch.bfloat16: 8, torch.int8: 16}
 """PyTorch pads x to a multiple of so many rows, with a copy."""
+STRIDE = 8
+"""Our kernels for many tokens take a multiple of so many, side by side: x and y are turned around, and padded."""
 _MEMORY = 0.9  # of the bandwidth in the data sheet that copies reach
 _CACHE = 3.0  # the L2 cache gives so many times as much as the memory
 _REDUCE_US = 2.0  # a second kernel that sums the slices
@@ -44,9 +46,7 @@ def predict_us(card: Card, problem: Problem, sparse: bool) -> float:
     kept = 0.5 + 2 * _META / size if sparse else 1.0
     # int8 products leave as int8 with 2:4 and dense alike, with their scales in the epilogue.
     unique = size * (outputs * inputs * kept + tokens * inputs + tokens * outputs * (1 + problem.residual))
-    memory = 1e3 * _MEMORY * card.bandwidth
-    cache = _CACHE * memory
-    floor = unique / (cache if unique < card.l2 else memory)
+    floor = memory_us(card, unique)
     rate = 1e6 * card.rate(problem.dtype, sparse) / card.sms
     best = math.inf
     for rows, columns in TILES:
@@ -59,6 +59,11 @@ def predict_us(card: Card, problem: Problem, sparse: bool) -> float:
             waves = math.ceil(tiles * slices / card.sms)
             us = max(waves * max(arithmetic, arrival), floor)
             if slices > 1:
-                us += _REDUCE_US + 8 * tokens * outputs / cache
+                us += _REDUCE_US + 8 * tokens * outputs / (1e3 * _CACHE * _MEMORY * card.bandwidth)
             best = min(best, us)
     return card.base[sparse] + padding + best
+
+
+def memory_us(card: Card, nbytes: float) -> float:
+    """Microseconds in which bytes come from memory, or from the L2 cache where they fit it: they were used before."""
+    return nbytes / (1e3 * _MEMORY * card.bandwidth * (_CACHE if nbytes < card.l2 else 1))

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sparsecomp.cuda.compiled import function_of, sources_of
+from sparsecomp.cuda.library import CudaKernel
 from sparsecomp.targets.base import DeviceKernel
-from sparsecomp.targets.cuda.cost import TOKENS
+from sparsecomp.targets.cuda.cost import STRIDE, TOKENS
 
 
 class SemiStructured(DeviceKernel):
@@ -37,3 +39,60 @@ class SemiStructured(DeviceKernel):
     def source(self) -> str:
         """See `Product.source`."""
         return "torch._cslt_sparse_mm"
+
+
+class CompiledKernel(DeviceKernel):
+    """One of our kernels.
+
+    Those for many tokens take x and give y with the tokens side by side, so both are turned around here.
+
+    Args:
+        kernel: of `sparsecomp.cuda.library`.
+        weight: `[O, I]`, on a card, of the kernel's type.
+        arch: of the card, such as `sm_90`.
+
+    Raises:
+        ValueError: the kernel does not take the weight, or none is compiled for the architecture.
+        ModuleNotFoundError: NVRTC is not installed.
+    """
+
+    def __init__(self, kernel: CudaKernel, weight: Tensor, arch: str) -> None:
+        self._kernel = kernel
+        self._shape = (weight.shape[0], weight.shape[1])
+        packed = kernel.pack(weight.detach().cpu())
+        self._function = function_of(kernel, arch)
+        self._packed = {name: value.contiguous().to(weight.device) for name, value in packed.items()}
+        self.nbytes = sum(value.numel() * value.element_size() for value in packed.values())
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `DeviceKernel.product`.
+
+        Raises:
+            ValueError: the kernel takes fewer tokens.
+        """
+        kernel, tokens, (outputs, inputs) = self._kernel, x.shape[0], self._shape
+        launch = kernel.launch(outputs, inputs, tokens)
+        stride = tokens + -tokens % STRIDE
+        y = result = x.new_empty(tokens, outputs)
+        if not kernel.tokens:
+            x, rows = x.new_empty(inputs, stride), x
+            x.narrow(1, 0, tokens).copy_(rows.t())  # what is behind them may be anything
+            y = x.new_empty(outputs, stride)
+        given: dict[str, Tensor | int | None] = {
+            **self._packed,
+            "x": x,
+            "bias": None if bias is None else bias.float(),
+            "y": y,
+            "outputs": outputs,
+            "inputs": inputs,
+            "tokens": tokens,
+            "stride": stride,
+            "activation": 0,
+        }
+        self._function(launch, [given[name] for name in kernel.arguments], x.device)
+        return result if kernel.tokens else result.copy_(y.narrow(1, 0, tokens).t())
+
+    @property
+    def source(self) -> str:
+        """See `Product.source`."""
+        return next(iter(sources_of(self._kernel).values()))

@@ -8,13 +8,11 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from sparsecomp.patterns import Pattern
 from sparsecomp.targets.base import DENSE, Candidate, DeviceKernel, Problem, Target, WeightFacts
-from sparsecomp.targets.cuda import cost
+from sparsecomp.targets.cuda import cost, own
 from sparsecomp.targets.cuda.cards import Card, card, card_here, card_names
-from sparsecomp.targets.cuda.kernels import SemiStructured
+from sparsecomp.targets.cuda.kernels import CompiledKernel, SemiStructured
 
-TWO_FOUR = Pattern.parse("2:4")
 SEMI = Candidate("semi_structured", "2:4")
 """PyTorch's semi-structured products: cuSPARSELt."""
 
@@ -50,7 +48,10 @@ class CudaTarget(Target):
         self.card = card
         self.name = f"cuda:{card.name}"
         origin = "fitted to published times" if card.measured else "with constants of another card, nothing measured"
-        self.description = f"{self.name}, {card.board}, {card.sms} multiprocessors; {origin}"
+        self.description = (
+            f"{self.name}, {card.board}, {card.sms} multiprocessors; {origin}; "
+            f"kernels other than {SEMI.kernel} are estimated, no card has run them"
+        )
 
     def why_not_here(self) -> str | None:
         """See `Target.why_not_here`."""
@@ -65,17 +66,22 @@ class CudaTarget(Target):
 
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """See `Target.candidates`."""
-        fits = any(TWO_FOUR.admits(found.pattern) for found in facts.patterns)
-        wanted = allowed is None or any(Pattern.parse(text).admits(TWO_FOUR) for text in allowed)
-        full = facts.nonzeros == facts.out_features * facts.in_features
-        return [DENSE, SEMI] if fits and wanted and not full else [DENSE]
+        if facts.nonzeros == facts.out_features * facts.in_features:
+            return [DENSE]
+        semi = [SEMI] if own.takes_two_four(facts, allowed) else []
+        return [DENSE, *semi, *own.offers(facts, allowed)]
 
     def predict(self, candidate: Candidate, problem: Problem) -> float:
-        """See `Target.predict`; infinity for 2:4 where the libraries do not take the weight, or lose by its size."""
+        """See `Target.predict`; infinity for 2:4 where the libraries do not take the weight, or lose by its size.
+
+        What `own` offers is estimated: no card has run these kernels.
+        """
         if problem.tokens == 0:
             return 0.0
         if candidate.is_dense:
             return cost.predict_us(self.card, problem, sparse=False)
+        if candidate != SEMI:
+            return own.predict_us(self.card, candidate, problem)
         rows = cost.ROWS.get(problem.dtype)
         shape = (problem.facts.out_features, problem.facts.in_features)
         if rows is None or min(shape) < cost.CHANNELS or any(size % rows for size in shape):
@@ -87,14 +93,22 @@ class CudaTarget(Target):
 
         Raises:
             ValueError: it is no candidate of this target, or the weight does not satisfy its pattern.
+            ModuleNotFoundError: NVRTC, which compiles our kernels, is not installed.
         """
         if candidate != SEMI:
-            raise ValueError(f"target {self.name} has no kernel {candidate}")
-        if not TWO_FOUR.check(weight):
+            kernel = own.kernel_of(candidate, weight.dtype)
+            if kernel is None:
+                raise ValueError(f"target {self.name} has no kernel {candidate} for {weight.dtype}")
+            return CompiledKernel(kernel, weight, self.card.arch)
+        if not own.TWO_FOUR.check(weight):
             raise ValueError(f"{candidate} needs a weight of the pattern 2:4")
         return SemiStructured(weight)
 
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
-        """See `Target.packed_bytes`: half of the entries, and two bits for each of them."""
+        """See `Target.packed_bytes`: by cuSPARSELt half of the entries, and two bits for each of them."""
         entries = facts.out_features * facts.in_features
-        return entries * dtype.itemsize if candidate.is_dense else entries * dtype.itemsize // 2 + entries // 8
+        if candidate.is_dense:
+            return entries * dtype.itemsize
+        if candidate != SEMI:
+            return own.packed_bytes(candidate, facts, dtype.itemsize)
+        return entries * dtype.itemsize // 2 + entries // 8

@@ -1,0 +1,204 @@
+"""Our kernels as candidates: which of them take a weight, and what they are estimated to cost.
+
+No card has run them: their arithmetic and their bytes are known, and what the compiler made of them
+(`kernels.json`); which share of the card's rates they reach is assumed. A multiprocessor holds as many blocks as
+registers, shared memory and warps allow (`resident_blocks`), and reaches its rates as far as enough warps are there to
+hide latencies. Blocks are dealt out evenly, and the multiprocessor with the most of them sets the time: the last wave
+takes as long as a full one (roofline of S. Williams et al., CACM 52(4), 2009, for a block).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+from sparsecomp.cuda.library import KERNELS, TILE, CudaKernel
+from sparsecomp.patterns import Detection, Pattern
+from sparsecomp.targets.base import Candidate, Problem, WeightFacts, label_of
+from sparsecomp.targets.cuda.cards import Card
+from sparsecomp.targets.cuda.cost import STRIDE, memory_us
+
+TWO_FOUR = Pattern.parse("2:4")
+SHARE = 0.5
+"""Of the rate of large library products, and of the multiply-adds of the CUDA cores, that ours are taken to reach."""
+_WORK = {
+    "panel_tensor": (8, 1.0),
+    "panel_fma": (16, 1.5),
+    "rows": (32, 3.0),
+    "rows_token": (32, 5.0),
+    "two_four_token": (32, 4.0),
+}
+"""By source: warps of a multiprocessor that hide latencies, and instructions for a multiply-add (counted in the inner
+loops of the sources: reading, placing and widening of an operand count as one each); both are assumptions."""
+_REGISTERS, _REGISTER_UNIT, _QUARTERS = 65536, 256, 4
+_SHARED_UNIT, _RESERVED = 128, 1024  # bytes; the driver takes the second of each block
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a kernel does for a weight.
+
+    Attributes:
+        entries: of the weight that are multiplied; 2:4 on tensor cores, at twice the rate of dense, counts half.
+        nbytes: of the packed weight.
+        rows: of x that are read for a tile of tokens, summed over the blocks.
+    """
+
+    entries: float
+    nbytes: float
+    rows: float
+
+
+def offers(facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
+    """Our candidates for a weight; types and prices decide between them.
+
+    Args:
+        facts: of the weight.
+        allowed: printed patterns that may be used; every one if None.
+    """
+    panels = {v: label_of(facts, v, allowed) for v in (16, 32)}
+    blocks = {v: _block(facts, v, allowed) for v in (16, 32, 64)}
+    found = [Candidate("panel", label, (("v", v),)) for v, label in panels.items() if label is not None]
+    found += [Candidate("block", _plain(made.pattern), (("v", v),)) for v, made in blocks.items() if made is not None]
+    if (label := label_of(facts, 1, allowed)) is not None:
+        found.append(Candidate("rows", label))
+        found += [Candidate("rows_token", label, (("tokens", tokens),)) for tokens in (1, 4)]
+    if takes_two_four(facts, allowed):
+        found += [Candidate("panel_sparse", "2:4", (("v", v),)) for v in (16, 32)]
+        found += [Candidate("two_four", "2:4", (("tokens", tokens),)) for tokens in (1, 4)]
+    return found
+
+
+def takes_two_four(facts: WeightFacts, allowed: Collection[str] | None) -> bool:
+    """Whether a weight satisfies 2:4, and that may be used."""
+    fits = any(TWO_FOUR.admits(found.pattern) for found in facts.patterns)
+    return fits and (allowed is None or any(Pattern.parse(text).admits(TWO_FOUR) for text in allowed))
+
+
+def kernel_of(candidate: Candidate, dtype: torch.dtype) -> CudaKernel | None:
+    """The kernel of a candidate for an element type; None if there is none."""
+    params = dict(candidate.params)
+    wanted = (candidate.kernel, params.get("v", 1), params.get("tokens", 0), dtype)
+    return next((k for k in KERNELS if (k.family, k.rows, k.tokens, k.dtype) == wanted), None)
+
+
+def resident_blocks(card: Card, registers: int, shared: int, threads: int) -> int:
+    """Blocks of a kernel that a multiprocessor holds at a time; 0 if it cannot hold one.
+
+    The rules are those of `cuda_occupancy.h` (CUDA 13.0): registers are given to warps in units, on each quarter of
+    the multiprocessor; shared memory to blocks.
+
+    Args:
+        card: the card.
+        registers: of a thread.
+        shared: bytes of shared memory of a block.
+        threads: of a block.
+    """
+    warps = -(-threads // 32)
+    of_warp = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    by_registers = _REGISTERS // _QUARTERS // of_warp * _QUARTERS // warps
+    by_shared = card.shared // (-(-(shared + _RESERVED) // _SHARED_UNIT) * _SHARED_UNIT)
+    return min(by_registers, by_shared, card.warps // warps, card.blocks)
+
+
+def predict_us(card: Card, candidate: Candidate, problem: Problem) -> float:
+    """Microseconds of one call, estimated; infinity where there is no kernel for the problem, or none for the card."""
+    kernel = kernel_of(candidate, problem.dtype)
+    taken = _compiled().get(card.arch, {}).get(kernel.name) if kernel is not None else None
+    facts, tokens = problem.facts, problem.tokens
+    outputs, inputs, size = facts.out_features, facts.in_features, problem.dtype.itemsize
+    if kernel is None or taken is None or not outputs * inputs:
+        return math.inf
+    try:
+        launch = kernel.launch(outputs, inputs, tokens)
+    except ValueError:  # too many tokens, or x does not fit into shared memory
+        return math.inf
+    registers, shared = taken
+    resident = resident_blocks(card, registers, shared + launch.shared, launch.block[0])
+    if not resident:
+        return math.inf
+    wanted, instructions = _WORK[kernel.source]
+    turns = math.ceil(math.prod(launch.grid) / card.sms)
+    hidden = min(1.0, min(resident, turns) * launch.block[0] / 32 / wanted)
+    rate = card.rate(problem.dtype if kernel.source == "panel_tensor" else torch.float32, sparse=False)
+    work, tile = _work(candidate, facts, size), kernel.tokens or TILE
+    arithmetic = 2 * work.entries * tile * instructions / (1e6 * SHARE * rate / card.sms)
+    arrival = (work.nbytes + work.rows * tile * size) / (1e3 * card.stream[0])
+    us = turns * max(arithmetic, arrival) / launch.grid[0] / hidden
+    us = max(us, memory_us(card, work.nbytes + size * tokens * (inputs + outputs * (1 + problem.residual))))
+    if not kernel.tokens:  # x and y are turned around by kernels of PyTorch
+        stride = tokens + -tokens % STRIDE
+        us += (
+            2 * card.base[0]
+            + memory_us(card, 2 * size * stride * inputs)
+            + memory_us(card, 2 * size * stride * outputs)
+        )
+    return card.base[0] + us
+
+
+def packed_bytes(candidate: Candidate, facts: WeightFacts, size: int) -> int:
+    """Bytes of the packed weight, from the facts alone; size: bytes of an entry."""
+    return round(_work(candidate, facts, size).nbytes)
+
+
+def _work(candidate: Candidate, facts: WeightFacts, size: int) -> _Work:
+    outputs, inputs, kept = facts.out_features, facts.in_features, facts.nonzeros
+    params = dict(candidate.params)
+    v = params.get("v", 1)
+    panels = -(-outputs // v)
+    match candidate.kernel:
+        case "panel":
+            columns = facts.panels[v]
+            return _Work(columns * v, columns * (v * size + 4) + 4 * (panels + 1), columns)
+        case "panel_sparse":
+            # A group of four columns ends before a row has three of them.
+            slots = max(facts.panels[v], 2 * kept / v)
+            return _Work(slots * v / 2, slots * (v * (size / 2 + 1 / 8) + 4) + 4 * (panels + 1), slots)
+        case "block":
+            found = _block(facts, v, [candidate.pattern])
+            slots = kept / found.fill if found is not None and found.fill else float(kept)
+            return _Work(slots, slots * (size + 4 / v**2) + 4 * (panels + 1), slots / v)
+        case "two_four":
+            return _Work(outputs * inputs / 2, outputs * inputs / 2 * (size + 1 / 4), -(-outputs // 32) * inputs)
+        case "rows_token":
+            return _Work(kept, kept * (size + 2) + 4 * (outputs + 1), -(-outputs // 32) * inputs)
+        case _:
+            return _Work(kept, kept * (size + 4) + 4 * (outputs + 1), kept)
+
+
+def _block(facts: WeightFacts, size: int, allowed: Collection[str] | None) -> Detection | None:
+    """The fullest pattern of the weight whose blocks are made of blocks of a size, None if none is allowed."""
+    for found in facts.patterns:
+        pattern = found.pattern
+        made = pattern.kind == "block" and pattern.rows % size == 0 and pattern.cols % size == 0
+        if made and (allowed is None or any(Pattern.parse(text).admits(pattern) for text in allowed)):
+            return found
+    return None
+
+
+def _plain(pattern: Pattern) -> str:
+    return str(pattern).partition("@")[0]
+
+
+def compiler() -> str:
+    """The compiler that `kernels.json` is of, with its version."""
+    return str(_content()["compiler"])
+
+
+def _compiled() -> dict[str, dict[str, list[int]]]:
+    """Registers of a thread and bytes of static shared memory, by architecture and kernel."""
+    found: dict[str, dict[str, list[int]]] = _content()["kernels"]
+    return found
+
+
+@functools.cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(resources.files(__package__).joinpath("kernels.json").read_text("utf-8"))
+    return content
