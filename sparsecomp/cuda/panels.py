@@ -49,7 +49,7 @@ def pack_panels(weight: Tensor, rows: int, run: int = 1) -> dict[str, Tensor]:
         weights = values.transpose(1, 2).contiguous()
     else:
         parts = values.reshape(len(values), rows // 16, 16, step // 32, 2, 16).permute(0, 3, 1, 4, 2, 5)
-        weights = _registers(parts).reshape(len(values), -1)
+        weights = _registers(parts).flatten(1)
     return _with_starts(weights, torch.cat(columns), starts)
 
 

@@ -161,6 +161,16 @@ def test_products_of_every_candidate_agree_under_the_emulator(pattern: str, dtyp
 
 
 @pytest.mark.parametrize(
+    "name", ["panel_v16_f16", "block_v64_f16", "panel_sparse_v32_f16", "rows_f16", "rows_token_t1_f16"]
+)
+def test_a_weight_of_zeros_leaves_the_bias(name: str) -> None:
+    kernel, bias = next(kernel for kernel in KERNELS if kernel.name == name), torch.randn(5).half()
+    with kernels_on_cpu():
+        y = CompiledKernel(kernel, torch.zeros(5, 19, dtype=HALF), "sm_90").product(torch.ones(1, 19).half(), bias)
+    assert torch.equal(y, bias[None])
+
+
+@pytest.mark.parametrize(
     ("pattern", "candidate", "tokens"),
     [
         ("32:2:8", Candidate("panel", "32:2:8", (("v", 32),)), 9),
