@@ -61,6 +61,14 @@ def calibrate(
             from sparsecomp.targets.x86.ort_calibrate import calibrate as measure_ort
 
             print(f"\nONNX Runtime: {measure_ort()}")
+        import torch
+
+        if torch.cuda.is_available():
+            from sparsecomp.targets.cuda.calibrate import calibrate as measure_card
+            from sparsecomp.targets.cuda.cards import card_here
+            from sparsecomp.targets.cuda.target import CudaTarget
+
+            _print_factors(measure_card(CudaTarget(card_here())))
 
 
 def _print_factors(factors: Mapping[str, tuple[float, int]]) -> None:

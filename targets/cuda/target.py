@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from sparsecomp.targets.base import DENSE, Candidate, DeviceKernel, Problem, Target, WeightFacts
-from sparsecomp.targets.cuda import cost, own
+from sparsecomp.targets.cuda import calibration, cost, own
 from sparsecomp.targets.cuda.cards import Card, card, card_here, card_names
 from sparsecomp.targets.cuda.kernels import CompiledKernel, SemiStructured
 
@@ -30,7 +30,10 @@ def create(name: str) -> CudaTarget:
         ValueError: the name is `cuda`, and there is no card with sparse tensor cores here.
     """
     wanted = name.partition(":")[2]
-    return CudaTarget(card(wanted) if wanted else card_here())
+    if wanted:
+        return CudaTarget(card(wanted))
+    here = card_here()
+    return CudaTarget(here, calibration.load(here))
 
 
 class CudaTarget(Target):
@@ -38,20 +41,22 @@ class CudaTarget(Target):
 
     Args:
         card: the card.
+        scales: by kernel, what it was measured to take over what is predicted; 1 where it is not there.
     """
 
     device = "cuda"
     fuses = False
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
-    def __init__(self, card: Card) -> None:
+    def __init__(self, card: Card, scales: Mapping[str, float] | None = None) -> None:
         self.card = card
+        self._scales = scales or {}
         self.name = f"cuda:{card.name}"
         origin = "fitted to published times" if card.measured else "with constants of another card, nothing measured"
-        self.description = (
-            f"{self.name}, {card.board}, {card.sms} multiprocessors; {origin}; "
-            f"kernels other than {SEMI.kernel} are estimated, no card has run them"
-        )
+        ours = f"kernels other than {SEMI.kernel} are estimated, no card has run them"
+        if self._scales:
+            ours = "scaled by what was measured on this machine"
+        self.description = f"{self.name}, {card.board}, {card.sms} multiprocessors; {origin}; {ours}"
 
     def why_not_here(self) -> str | None:
         """See `Target.why_not_here`."""
@@ -74,8 +79,11 @@ class CudaTarget(Target):
     def predict(self, candidate: Candidate, problem: Problem) -> float:
         """See `Target.predict`; infinity for 2:4 where the libraries do not take the weight, or lose by its size.
 
-        What `own` offers is estimated: no card has run these kernels.
+        What `own` offers is estimated, no card has run these kernels; `sparsecomp calibrate` scales the prices.
         """
+        return self._scales.get(candidate.kernel, 1.0) * self._predict(candidate, problem)
+
+    def _predict(self, candidate: Candidate, problem: Problem) -> float:
         if problem.tokens == 0:
             return 0.0
         if candidate.is_dense:

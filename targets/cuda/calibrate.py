@@ -1,0 +1,53 @@
+"""`sparsecomp calibrate` on a machine with a card: what products take there, over what is predicted, by kernel."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+
+import torch
+
+from sparsecomp.patterns import Pattern
+from sparsecomp.planner.measure import measure
+from sparsecomp.targets.base import Problem, WeightFacts
+from sparsecomp.targets.cuda import calibration
+from sparsecomp.targets.cuda.target import CudaTarget
+
+LINEARS = ((1024, 1024), (4096, 1024), (2048, 2048))
+"""Inputs and outputs."""
+TOKENS = (1, 4, 128, 2048)
+_PATTERNS = ("2:4", "32:1:4", "64x64@0.8", "unstructured@0.9")
+
+
+def calibrate(target: CudaTarget, linears: Iterable[tuple[int, int]] = LINEARS) -> dict[str, tuple[float, int]]:
+    """Measure in float16 every kernel that is priced, and keep a factor for each.
+
+    Args:
+        target: of this machine.
+        linears: see `LINEARS`.
+
+    Returns:
+        By kernel, as `Candidate.kernel` calls it, the factor, and from how many calls it is the median.
+
+    Raises:
+        ValueError: the target is of no card of this machine.
+    """
+    if (reason := target.why_not_here()) is not None:
+        raise ValueError(f"target {target.name} cannot be measured here: {reason}")
+    ratios: dict[str, list[float]] = {}
+    plain = CudaTarget(target.card)
+    generator = torch.Generator().manual_seed(0)
+    for inputs, outputs in linears:
+        for text in _PATTERNS:
+            weight = Pattern.parse(text).project(torch.randn(outputs, inputs, generator=generator))
+            facts, weight = WeightFacts.of(weight), weight.half().to(target.device)
+            for tokens in TOKENS:
+                problem = Problem(facts, tokens, threads=1, dtype=torch.float16)
+                predicted = {found: plain.predict(found, problem) for found in plain.candidates(facts)}
+                priced = {found: us for found, us in predicted.items() if us < math.inf}
+                for candidate, us in measure(priced, weight, problem, target).items():
+                    ratios.setdefault(candidate.kernel, []).append(us / priced[candidate])
+    found = {kernel: (statistics.median(values), len(values)) for kernel, values in ratios.items()}
+    calibration.save(target.card, {kernel: factor for kernel, (factor, _) in found.items()})
+    return found

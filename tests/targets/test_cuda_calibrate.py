@@ -1,0 +1,65 @@
+"""Calibration of a card: factors are measured over predicted, kept for this machine, and scale its prices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda_tools import CardOnCpu
+
+from sparsecomp.patterns import Pattern
+from sparsecomp.targets import get_target
+from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
+from sparsecomp.targets.cuda import calibrate, calibration
+from sparsecomp.targets.cuda.cards import card
+from sparsecomp.targets.cuda.target import SEMI, CudaTarget
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSECOMP_CACHE_DIR", str(tmp_path))
+
+
+def test_a_card_that_is_slower_than_predicted_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = CardOnCpu()
+
+    def slower(
+        candidates: Iterable[Candidate], weight: torch.Tensor, problem: Problem, target: Any
+    ) -> dict[Candidate, float]:
+        assert weight.dtype == problem.dtype == torch.half
+        return {found: (3 if found == SEMI else 2) * target.predict(found, problem) for found in (DENSE, *candidates)}
+
+    monkeypatch.setattr(calibrate, "measure", slower)
+    found = calibrate.calibrate(target, [(512, 256)])
+    assert {"dense", "semi_structured", "panel", "block", "rows", "rows_token", "two_four"} <= set(found)
+    assert all(factor == pytest.approx(3 if kernel == SEMI.kernel else 2) for kernel, (factor, _) in found.items())
+    measured = CudaTarget(card("h100"), calibration.load(card("h100")))
+    problem = Problem(WeightFacts.assumed(1024, 1024, Pattern.parse("2:4")), 64, 1, dtype=torch.half)
+    assert measured.predict(SEMI, problem) == pytest.approx(3 * target.predict(SEMI, problem))
+    assert "measured on this machine" in measured.description
+    # A card that is asked for by its name need not be the one here.
+    assert get_target("cuda:h100").predict(SEMI, problem) == target.predict(SEMI, problem)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"scales": {"dense": -1}}', '{"scales": {"dense": NaN}}', '{"scales": 3}'])
+def test_a_damaged_file_counts_as_none(text: str, tmp_path: Path) -> None:
+    assert calibration.load(card("l4")) == {}
+    (tmp_path / "cuda-l4.json").write_text(text)
+    assert calibration.load(card("l4")) == {}
+
+
+def test_a_card_that_is_not_here_is_not_measured() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card here")
+    with pytest.raises(ValueError, match=r"cuda:h100 cannot be measured here: PyTorch .* sees no NVIDIA GPU"):
+        calibrate.calibrate(get_target("cuda:h100"))
+
+
+@pytest.mark.gpu
+def test_a_card_is_measured() -> None:
+    found = calibrate.calibrate(get_target("cuda"), [(1024, 1024)])
+    assert {"dense", "semi_structured", "rows_token"} <= set(found)
+    assert all(factor > 0 for factor, _ in found.values())
