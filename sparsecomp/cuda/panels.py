@@ -118,13 +118,15 @@ def _with_starts(weights: Tensor, columns: Tensor, starts: list[int]) -> dict[st
 
 def _slots(kept: Tensor) -> list[int]:
     """Columns in groups of four that hold at most two kept entries of a row, -1 where a group is padded."""
+    chosen = kept.any(dim=0).nonzero().flatten()
+    columns, count = chosen.tolist(), len(chosen)
+    sums = functional.pad(kept[:, chosen].to(torch.int32), (1, 3)).cumsum(dim=1)
+    # Two columns always fit; whether the next three or four do is known for all places at once.
+    three, four = ((sums[:, n : n + count] - sums[:, :count]).amax(dim=0).le(2).tolist() for n in (3, 4))
     slots: list[int] = []
-    group = torch.zeros(len(kept), dtype=torch.int64)
-    for column in kept.any(dim=0).nonzero().flatten().tolist():
-        if len(slots) % 4 and int((group + kept[:, column]).max()) > 2:
-            slots += [-1] * (-len(slots) % 4)
-        if len(slots) % 4 == 0:
-            group = torch.zeros_like(group)
-        group = group + kept[:, column]
-        slots.append(column)
+    place = 0
+    while place < count:
+        taken = columns[place : place + (4 if four[place] else 3 if three[place] else 2)]
+        slots += taken + [-1] * (4 - len(taken))
+        place += len(taken)
     return slots + [-1] * (-len(slots) % STEP)
