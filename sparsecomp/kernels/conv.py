@@ -3,7 +3,7 @@
 A tile is a run of output positions, counted over a map row by row with `pitch` positions to a row. For one block of the
 weight's columns (a column is an input channel and a tap of the kernel window) the tile's input is packed into scratch,
 one aligned row for each column, small enough for the L1 cache; all output channels then use it, so that packing costs
-little. With the stride taken out beforehand (see :func:`build_open`) the input of a tap is the map moved by a constant,
+little. With the stride taken out beforehand (see `sparsecomp.kernels.conv_open`) the input of a tap is the map moved by a constant,
 whatever the tap: packing is one unaligned load and one `and` with a mask that clears what lies outside of the map.
 A window of 1 x 1 can use the map where it lies, if its planes are whole vectors.
 
@@ -25,7 +25,7 @@ from sparsecomp.kernels.conv_geometry import Geometry, check_addressable
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.kernels.quads import Quad, QuadShape, weight_types
 from sparsecomp.patterns.quads import QUAD, QuadWeight
-from sparsecomp.window import Maps, Window
+from sparsecomp.window import Window
 
 DIMS = (
     "planes",
@@ -418,54 +418,6 @@ def _store_runs(
         with tir.loop(count - full * lanes) as rest:
             done = tir.bind(full * lanes + rest)
             _finish(args, epilogue, d, scratch[sums + lane + done], output, tir.bind(at + done), 1)
-
-
-OPEN_WEIGHTS = ("int32",)  # phases
-OPEN_DIMS = ("height", "width", "stride_y", "stride_x", "phases", "rows", "pitch")
-
-
-@dataclass(frozen=True)
-class OpenSchedule:
-    """How a map is taken apart: `step` is the stride of columns that vectors are made for, 1 or 2; 0 for none."""
-
-    lanes: int
-    step: int
-
-
-def open_dims(window: Window, maps: Maps, geometry: Geometry) -> list[int]:
-    """The sizes of a call of `build_open` in the order of `OPEN_DIMS`."""
-    return [maps.height, maps.width, *window.stride, len(geometry.phases), geometry.rows, geometry.pitch]
-
-
-def build_open(schedule: OpenSchedule) -> tir.Expr:
-    """The kernel that takes maps apart into their phases, filled up with zeros to one size; item i is channel i."""
-    builder = tir.KernelBuilder("conv_open", OPEN_WEIGHTS)
-    lanes, step = schedule.lanes, schedule.step
-    zeros = tir.const(0.0, lanes=lanes)
-    with builder.build() as args:
-        height, width, stride_y, stride_x, phases, rows, pitch = args.sizes(*OPEN_DIMS)
-        with tir.loop(args.end - args.begin) as i, tir.loop(phases) as phase, tir.loop(rows) as row:
-            channel = tir.bind(args.begin + i)
-            y = tir.bind(row * stride_y + args["w0"][phase * 2])
-            first = tir.bind(args["w0"][phase * 2 + 1])
-            target = tir.bind(((channel * phases + phase) * rows + row) * pitch)
-            source = tir.bind((channel * height + y) * width + first)
-            inside = tir.maximum(tir.ceil_div(tir.maximum(width - first, 0), stride_x), 0)
-            count = tir.bind(tir.select(y < height, tir.minimum(inside, pitch), 0))
-            done = tir.bind(tir.floor_div(count, lanes) * lanes if step else tir.const(0, "int32"))
-            with tir.loop(tir.floor_div(done, lanes)) as v:
-                vector = tir.load_step(args["x"], source + v * (lanes * step), lanes, step)
-                tir.store(args["y"], target + v * lanes, vector, lanes)
-            with tir.loop(count - done) as rest:
-                value = tir.load(args["x"], source + (done + rest) * stride_x)
-                tir.store(args["y"], target + done + rest, value)
-            empty = tir.bind(pitch - count)
-            full = tir.bind(tir.floor_div(empty, lanes))
-            with tir.loop(full) as v:
-                tir.store(args["y"], target + count + v * lanes, zeros, lanes)
-            with tir.loop(empty - full * lanes) as rest:
-                tir.store(args["y"], target + count + full * lanes + rest, tir.const(0.0))
-    return builder.function
 
 
 def reference(

@@ -26,7 +26,7 @@ class Geometry:
         taps: For every tap, row by row, the number of its phase and the rows and columns that it is moved by.
         rows: Of a plane.
         pitch: Floats of a row of a plane, and positions of a row of the output; at least `width`.
-        opened: Whether planes are made by `build_open`; else the map itself has the form.
+        opened: Whether planes are made by `sparsecomp.kernels.conv_open`; else the map itself has the form.
     """
 
     height: int

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sparsecomp.kernels import conv, depthwise, panel, rows
+from sparsecomp.kernels import conv, conv_open, depthwise, panel, rows
 from sparsecomp.kernels.conv_geometry import Geometry, table
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.kernels.quads import HalfShape, QuadShape
@@ -251,11 +251,11 @@ class ConvWeight:
         if not geometry.opened:
             return SiteCall(call)
         stride = window.stride[1]
-        opening = conv.OpenSchedule(LANES, stride if stride <= 2 else 0)
+        opening = conv_open.OpenSchedule(LANES, stride if stride <= 2 else 0)
         name = f"conv_open_{opening.step}"
-        source = KernelSource(name, repr(opening), lambda: conv.build_open(opening), level.tvm_target)
+        source = KernelSource(name, repr(opening), lambda: conv_open.build(opening), level.tvm_target)
         phases = (np.array(geometry.phases, np.int32),)
-        open_dims = tuple(conv.open_dims(window, maps, geometry))
+        open_dims = tuple(conv_open.dims(window, maps, geometry))
         channels = self.channels * window.groups
         opened = Call(source, phases, open_dims, maps.images * channels, 0)
         planes = channels * len(geometry.phases)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecomp.kernels import conv, depthwise
+from sparsecomp.kernels import conv, conv_open, depthwise
 from sparsecomp.kernels.conv_geometry import Geometry, table
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.quads import QuadWeight
@@ -116,10 +116,10 @@ class X86ConvKernel(_X86Kernel):
 
     def _opening(self, maps: Maps, geometry: Geometry, channels: int, threads: int) -> Launch:
         stride = self._window.stride[1]
-        schedule = conv.OpenSchedule(self._level.lanes, stride if stride <= 2 else 0)
-        function = self._function("conv_open", repr(schedule), lambda: conv.build_open(schedule))
+        schedule = conv_open.OpenSchedule(self._level.lanes, stride if stride <= 2 else 0)
+        function = self._function("conv_open", repr(schedule), lambda: conv_open.build(schedule))
         weights = Weights([np.array(geometry.phases, np.int32)])
-        dims = conv.open_dims(self._window, maps, geometry)
+        dims = conv_open.dims(self._window, maps, geometry)
         return Launch(function, weights, dims, maps.images * channels, threads, 0)
 
 

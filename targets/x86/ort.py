@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from sparsecomp.kernels import conv, gathered, panel, rows
+from sparsecomp.kernels import conv, conv_open, gathered, panel, rows
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.kernels.quads import QuadShape
@@ -139,8 +139,8 @@ def conv_kernels(
     zeros = 2 * window.padding[1] + window.extra[1]
     opened = window.stride != (1, 1) or zeros > window.dilation[1] * (window.kernel[1] - 1)
     step = window.stride[1] if window.stride[1] <= 2 else 0
-    opening = conv.OpenSchedule(level.lanes, step)
-    source = KernelSource(f"conv_open_{step}", repr(opening), lambda: conv.build_open(opening), level.tvm_target)
+    opening = conv_open.OpenSchedule(level.lanes, step)
+    source = KernelSource(f"conv_open_{step}", repr(opening), lambda: conv_open.build(opening), level.tvm_target)
     return tuple(found), source if opened else None
 
 
