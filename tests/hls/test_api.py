@@ -114,7 +114,7 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path: Path, opti
 
 
 def test_registers_are_written_where_asked_for_and_hold_every_layer(tmp_path: Path) -> None:
-    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
+    d.needs("xls")
     model, samples = small()
     export_hls(model, output=tmp_path, calibration=samples, max_dsp=40, rtl=True)
     files = {path.name for path in (tmp_path / "rtl").iterdir()}

