@@ -4,7 +4,8 @@ A tile is a run of output positions, counted over a map row by row with `pitch` 
 weight's columns (a column is an input channel and a tap of the kernel window) the tile's input is packed into scratch,
 one aligned row for each column, small enough for the L1 cache; all output channels then use it, so that packing costs
 little. With the stride taken out beforehand (`sparsecomp.kernels.conv_open`) the input of a tap is the map moved by a
-constant, whatever the tap: packing is one unaligned load and one `and` with a mask that clears what lies outside of the map.
+constant, whatever the tap: packing is one unaligned load and one `and` with a mask that clears what lies outside of
+the map.
 A window of 1 x 1 can use the map where it lies, if its planes are whole vectors.
 
 Rows of the weight come in quads, see `sparsecomp.patterns.quads`. The sums of a quad go to scratch between blocks and,
