@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsecomp.planner.reader import parse_json, read_text
-from sparsecomp.runtime.cache import cache_dir
 from sparsecomp.targets.arm.cpu import cpu
+from sparsecomp.targets.scales import load as load_scales
+from sparsecomp.targets.scales import save as save_scales
 
 RESULTS = "sparsecomp-arm-results"
 _PACKAGE = ("dense", "rows", "rows_half", "rows_sve", "panel", "int8", "dense_conv", "conv", "conv_half", "depthwise")
@@ -19,29 +19,21 @@ _FAMILIES = {"": _PACKAGE, "torch": (*_PACKAGE, "dense_depthwise")}
 _MOST_STEPS = 100_000
 
 
-def _path(cpu_name: str, kind: str) -> Path:
-    return cache_dir() / f"arm-{'-'.join(filter(None, (cpu_name, kind)))}.json"
+def _name(cpu_name: str, kind: str) -> str:
+    return f"arm-{'-'.join(filter(None, (cpu_name, kind)))}"
 
 
 def load(cpu_name: str, kind: str = "") -> tuple[dict[str, float], str]:
     """Factors by kernel family, and where they come from in words; none where no board was measured.
 
-    A file that cannot be read counts as none: it is only a refinement, and is written anew by the next calibration.
-
     Args:
         cpu_name: of the CPU.
         kind: empty for what a package measured, `torch` for what was measured in PyTorch, whose dense kernels differ.
     """
-    try:
-        document = json.loads(_path(cpu_name, kind).read_text(encoding="utf-8"))
-        found = {name: float(document["scales"][name]) for name in _FAMILIES[kind] if name in document["scales"]}
-    except FileNotFoundError:
-        return {}, "not measured on a board"
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}, "not measured on a board (its calibration cannot be read)"
-    if not all(math.isfinite(factor) and factor > 0 for factor in found.values()):
-        return {}, "not measured on a board (its calibration cannot be read)"
-    return found, "scaled by what a board measured"
+    scales, reason = load_scales(_name(cpu_name, kind))
+    if reason:
+        return {}, "not measured on a board" + ("" if reason == "not measured" else f" ({reason})")
+    return {name: scales[name] for name in _FAMILIES[kind] if name in scales}, "scaled by what a board measured"
 
 
 def save(cpu_name: str, kind: str, ratios: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, int]]:
@@ -52,8 +44,7 @@ def save(cpu_name: str, kind: str, ratios: Mapping[str, Sequence[float]]) -> dic
     """
     found = {family: (statistics.median(values), len(values)) for family, values in ratios.items()}
     scales = load(cpu_name, kind)[0] | {family: factor for family, (factor, _) in found.items()}
-    cache_dir().mkdir(parents=True, exist_ok=True, mode=0o700)
-    _path(cpu_name, kind).write_text(json.dumps({"scales": scales}, indent=1) + "\n", encoding="utf-8")
+    save_scales(_name(cpu_name, kind), scales)
     return found
 
 

@@ -11,8 +11,8 @@ import torch
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.measure import measure
 from sparsecomp.targets.base import Problem, WeightFacts
-from sparsecomp.targets.cuda import calibration
-from sparsecomp.targets.cuda.target import CudaTarget
+from sparsecomp.targets.cuda.target import CudaTarget, scales_of
+from sparsecomp.targets.scales import save
 
 LINEARS = ((1024, 1024), (4096, 1024), (2048, 2048))
 """Inputs and outputs."""
@@ -49,5 +49,5 @@ def calibrate(target: CudaTarget, linears: Iterable[tuple[int, int]] = LINEARS) 
                 for candidate, us in measure(priced, weight, problem, target).items():
                     ratios.setdefault(candidate.kernel, []).append(us / priced[candidate])
     found = {kernel: (statistics.median(values), len(values)) for kernel, values in ratios.items()}
-    calibration.save(target.card, {kernel: factor for kernel, (factor, _) in found.items()})
+    save(scales_of(target.card), {kernel: factor for kernel, (factor, _) in found.items()})
     return found

@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from sparsecomp.targets import scales as kept
 from sparsecomp.targets.base import DENSE, Candidate, DeviceKernel, Problem, Target, WeightFacts
-from sparsecomp.targets.cuda import calibration, cost, own
+from sparsecomp.targets.cuda import cost, own
 from sparsecomp.targets.cuda.cards import Card, card, card_here, card_names
 from sparsecomp.targets.cuda.kernels import CompiledKernel, SemiStructured
 
@@ -33,7 +34,12 @@ def create(name: str) -> CudaTarget:
     if wanted:
         return CudaTarget(card(wanted))
     here = card_here()
-    return CudaTarget(here, calibration.load(here))
+    return CudaTarget(here, kept.load(scales_of(here))[0])
+
+
+def scales_of(found: Card) -> str:
+    """The name that the factors of a card are kept under."""
+    return f"cuda-{found.name}"
 
 
 class CudaTarget(Target):

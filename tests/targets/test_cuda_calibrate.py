@@ -11,9 +11,9 @@ import torch
 from cuda_tools import CardOnCpu
 
 from sparsecomp.patterns import Pattern
-from sparsecomp.targets import get_target
+from sparsecomp.targets import get_target, scales
 from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
-from sparsecomp.targets.cuda import calibrate, calibration
+from sparsecomp.targets.cuda import calibrate
 from sparsecomp.targets.cuda.cards import card
 from sparsecomp.targets.cuda.target import SEMI, CudaTarget
 
@@ -36,7 +36,7 @@ def test_a_card_that_is_slower_than_predicted_is_scaled(monkeypatch: pytest.Monk
     found = calibrate.calibrate(target, [(512, 256)])
     assert {"dense", "semi_structured", "panel", "block", "rows", "rows_token", "two_four"} <= set(found)
     assert all(factor == pytest.approx(3 if kernel == SEMI.kernel else 2) for kernel, (factor, _) in found.items())
-    measured = CudaTarget(card("h100"), calibration.load(card("h100")))
+    measured = CudaTarget(card("h100"), scales.load("cuda-h100")[0])
     problem = Problem(WeightFacts.assumed(1024, 1024, Pattern.parse("2:4")), 64, 1, dtype=torch.half)
     assert measured.predict(SEMI, problem) == pytest.approx(3 * target.predict(SEMI, problem))
     assert "measured on this machine" in measured.description
@@ -46,9 +46,9 @@ def test_a_card_that_is_slower_than_predicted_is_scaled(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("text", ["", "[]", '{"scales": {"dense": -1}}', '{"scales": {"dense": NaN}}', '{"scales": 3}'])
 def test_a_damaged_file_counts_as_none(text: str, tmp_path: Path) -> None:
-    assert calibration.load(card("l4")) == {}
+    assert scales.load("cuda-l4") == ({}, "not measured")
     (tmp_path / "cuda-l4.json").write_text(text)
-    assert calibration.load(card("l4")) == {}
+    assert scales.load("cuda-l4") == ({}, "its calibration cannot be read")
 
 
 def test_a_card_that_is_not_here_is_not_measured() -> None:
