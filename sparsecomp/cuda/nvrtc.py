@@ -11,7 +11,7 @@ from pathlib import Path
 KERNELS = Path(__file__).parent / "kernels"
 HEADERS = ("device.cuh", "intrinsics.cuh")
 """Files beside the kernels that they include."""
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100")
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from sparsecomp.cuda.library import KERNELS, TILE
 from sparsecomp.cuda.nvrtc import ARCHITECTURES, compile_kernel, resources
 from sparsecomp.patterns import Pattern
 from sparsecomp.targets import get_target
-from sparsecomp.targets.base import Candidate, Problem, WeightFacts
+from sparsecomp.targets.base import DENSE, Candidate, Problem, WeightFacts
 from sparsecomp.targets.cuda import kernels, own
 from sparsecomp.targets.cuda.cards import card, card_names
 from sparsecomp.targets.cuda.kernels import CompiledKernel
+from sparsecomp.targets.cuda.target import CudaTarget
 
 HALF = torch.float16
 PATTERNS = ("2:4", "32:2:8", "16x16@0.8", "64x64@0.9", "unstructured@0.9")
@@ -74,7 +75,7 @@ def test_what_is_known_is_what_the_compiler_says(name: str) -> None:
 
 
 @given(
-    st.sampled_from([name for name in card_names() if name != "orin"]),
+    st.sampled_from(card_names()),
     st.sampled_from(PATTERNS),
     *(st.integers(1, 40), st.integers(1, 40), st.integers(1, 600)),
 )
@@ -111,8 +112,18 @@ def test_where_no_kernel_is_there_is_no_price() -> None:
     assert price("cuda:h100", few, 4) < math.inf
     assert price("cuda:h100", few, 5) == math.inf
     assert price("cuda:h100", few, dtype=torch.int8) == math.inf
-    assert price("cuda:orin", few) == math.inf  # nothing is compiled for sm_87
+    newer = CudaTarget(replace(card("h100"), arch="sm_120"))  # nothing is compiled for it
+    assert newer.predict(few, Problem(facts, 1, 1, dtype=HALF)) == math.inf
     assert price("cuda:h100", Candidate("other", "2:4")) == math.inf
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_every_card_has_prices_of_our_kernels(name: str) -> None:
+    facts = WeightFacts.assumed(4096, 4096, Pattern.parse("64x64@0.9"))
+    best = {
+        c.kernel: get_target(f"cuda:{name}").predict(c, Problem(facts, 1024, 1, dtype=HALF)) for c in own.offers(facts)
+    }
+    assert best["block"] < get_target(f"cuda:{name}").predict(DENSE, Problem(facts, 1024, 1, dtype=HALF))
 
 
 def test_a_card_is_offered_our_kernels_by_their_prices() -> None:
