@@ -18,7 +18,7 @@ from sparsecomp.patterns import Detection, Pattern, detect, kept_columns
 from sparsecomp.targets.skip import SkipKernel, SkipRows, SkipSpec
 from sparsecomp.window import Maps, Window
 
-PANEL_SIZES = (1, 2, 4, 8, 16, 32)
+PANEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of output rows that kernels let share their columns; the facts of a weight count the columns for each."""
 
 
@@ -77,6 +77,7 @@ class WeightFacts:
         """The facts of a weight that nobody has: what a pattern keeps of a random one, on average.
 
         Rows that share no columns keep each column by chance: of v such rows with density d, `1 - (1 - d)^v` of them.
+        So do the rows of a panel of V:N:K:M among the columns that it chooses.
 
         Args:
             out_features: O.
@@ -87,7 +88,11 @@ class WeightFacts:
         density = 1.0 if density is None else density
         panels = {}
         for v in PANEL_SIZES:
-            kept = 1 - (1 - density) ** max(1.0, v / pattern.shared_rows)
+            if pattern.kind == "venom":
+                chosen = 1 - (1 - pattern.n / pattern.k) ** min(v, pattern.v)
+                kept = 1 - (1 - chosen * pattern.k / pattern.m) ** max(1.0, v / pattern.v)
+            else:
+                kept = 1 - (1 - density) ** max(1.0, v / pattern.shared_rows)
             panels[v] = round(-(-out_features // v) * in_features * kept)
         nonzeros = round(out_features * in_features * density)
         return cls(out_features, in_features, nonzeros, panels, (Detection(pattern, density, 1.0),))
@@ -336,7 +341,7 @@ def label_of(facts: WeightFacts, v: int | None, allowed: Collection[str] | None)
     holds, and says nothing more than that the kernel finds the zeros by itself. The kernel of convolutions (v of None)
     finds rows that share columns by itself too, whatever their number.
     """
-    kinds = ("nm", "vnm", "block") if v is not None else ("nm", "vnm", "block", "taps")
+    kinds = ("nm", "vnm", "venom", "block", *(("taps",) if v is None else ()))
     found = [d.pattern for d in facts.patterns if d.pattern.kind in kinds and d.pattern.shared_rows % (v or 1) == 0]
     if v == 1:
         found = [pattern for pattern in found if pattern.shared_rows == 1]

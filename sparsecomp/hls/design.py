@@ -138,11 +138,16 @@ def _windows(patches: Patches, shape: Shape) -> Reading:
 
 
 def _patterns(layer: Linear, allowed: Sequence[str] | None) -> list[Pattern]:
-    found = [Pattern("dense"), *(found.pattern for found in detect(torch.from_numpy(layer.weight)))]
+    found = [Pattern("dense"), *(_of_rows(found.pattern) for found in detect(torch.from_numpy(layer.weight)))]
     if allowed is None:
         return list(dict.fromkeys(found))
-    wanted = [Pattern.parse(text) for text in allowed]
+    wanted = [_of_rows(Pattern.parse(text)) for text in allowed]
     return [pattern for pattern in dict.fromkeys(found) if _allowed(pattern, wanted)] or found[:1]
+
+
+def _of_rows(pattern: Pattern) -> Pattern:
+    """N:M in place of VENOM's V:N:K:M, as there is no tile whose rows choose from the same columns."""
+    return Pattern("nm", n=pattern.n, m=pattern.m) if pattern.kind == "venom" else pattern
 
 
 def _allowed(pattern: Pattern, wanted: Sequence[Pattern]) -> bool:

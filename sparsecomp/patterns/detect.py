@@ -1,8 +1,8 @@
 """Which patterns a weight already satisfies: a checkpoint that was pruned elsewhere says so only through its zeros.
 
-The families are fixed: N:M and V:N:M with M of 4, 8 and 16 and V of 4 to 64, kernel patterns of 9 and 25 taps with the
-same V, the blocks below, and unstructured. Unions
-of rows and counts of columns are built from one size to the next, so a 4096 x 4096 weight takes a fraction of a second.
+The families are fixed: N:M and V:N:M with M of 4, 8 and 16 and V of 4 to 64, VENOM's V:N:4:M with N of 1 and 2 and the
+same M and V, kernel patterns of 9 and 25 taps with the same V, the blocks below, and unstructured. Unions of rows and
+counts of columns are built from one size to the next, so a 4096 x 4096 weight takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from sparsecomp.patterns.taps import slots, used_taps
 
 GROUP_SIZES = (4, 8, 16)
 PANEL_ROWS = (4, 8, 16, 32, 64)
+VENOM = (2, 4)
+"""N and K of VENOM's patterns, as sparse tensor cores have them."""
 TAPS = (9, 25)
 BLOCKS = ((64, 1), (32, 1), (16, 1), (8, 1), (4, 1), (16, 16), (8, 8), (4, 4), (1, 16), (1, 8), (1, 4))
 
@@ -45,11 +47,12 @@ class Detection:
 def detect(weight: Tensor) -> list[Detection]:
     """Find every pattern of the families that a weight satisfies.
 
-    Fullest first (in hundredths), then the one that shares most rows, unstructured last among equals.
+    Fullest first (in hundredths), then the one with the largest panels, unstructured last among equals.
 
-    Of each family (an N:M or V:N:M of one V and M, blocks of one size) the tightest is reported: the least N, the share
-    of empty blocks; `Pattern.covers` tells which others follow. Blocks are reported from a fill of 0.9 on, if at least
-    one is empty, unstructured with its share of zeros (fill 1). A weight with no zeros is reported as dense alone.
+    Of each family (an N:M, V:N:M or V:N:4:M of one V and M, blocks of one size) the tightest is reported: the least N,
+    the share of empty blocks; `Pattern.covers` tells which others follow. Blocks are reported from a fill of 0.9 on, if
+    at least one is empty, unstructured with its share of zeros (fill 1). A weight with no zeros is reported as dense
+    alone.
 
     Args:
         weight: `[O, I]`, any type that compares with zero. NaN is not zero; a negative zero is.
@@ -63,19 +66,22 @@ def detect(weight: Tensor) -> list[Detection]:
         return [Detection(Pattern("dense"), 1.0, 1.0)]
 
     found: list[tuple[Pattern, float]] = []
+    singles: dict[int, int] = {}
     union, previous = mask, 1
     for v in (1, *PANEL_ROWS):
         union, previous = groups.union_rows(union, v // previous), v
         counts = _group_counts(union)
         # What the union of few rows does not satisfy, a union of more rows, which contains it, does not either.
-        here = _taps_of(union, v, mask.shape, nonzeros) + _groups_of(counts, v, mask.shape, nonzeros)
+        least = {m: _least_n(count, m, mask.shape) for m, count in counts.items()}
+        singles = singles or least
+        here = _taps_of(union, v, mask.shape, nonzeros) + _groups_of(least, singles, v, mask.shape, nonzeros)
         here += _blocks_of(union, counts, v, mask.shape, nonzeros)
         found += here
         if v > 1 and not here:
             break
     found.append((Pattern("unstructured", sparsity=groups.shortest_share(nonzeros, entries)), 1.0))
     # Rounded, so that a few zeros among the kept entries do not put unstructured before the pattern they lie in.
-    found.sort(key=lambda item: (-round(item[1], 2), item[0].kind == "unstructured", -item[0].shared_rows))
+    found.sort(key=lambda item: (-round(item[1], 2), item[0].kind == "unstructured", -max(item[0].v, item[0].rows)))
     return [Detection(pattern, nonzeros / entries, fill) for pattern, fill in found]
 
 
@@ -116,19 +122,28 @@ def _group_counts(union: Tensor) -> dict[int, Tensor]:
     return result
 
 
-def _groups_of(counts: dict[int, Tensor], v: int, shape: torch.Size, nonzeros: int) -> list[tuple[Pattern, float]]:
-    """N:M (v of 1) or V:N:M with the least N of every group size."""
-    found = []
-    for m, count in counts.items():
+def _least_n(count: Tensor, m: int, shape: torch.Size) -> int:
+    """The least N under which no group keeps more than it may, of counts `[P, ceil(I / m)]`."""
+    whole, tail = divmod(shape[1], m)
+    n = groups.least_n(int(count[:, :whole].max()), m, m) if whole else 1
+    return max(n, groups.least_n(int(count[:, whole].max()), m, tail)) if tail else n
+
+
+def _groups_of(
+    least: dict[int, int], singles: dict[int, int], v: int, shape: torch.Size, nonzeros: int
+) -> list[tuple[Pattern, float]]:
+    """N:M (v of 1), V:N:M or VENOM's V:N:4:M, from the least N of panels and of single rows for every group size."""
+
+    def fill(n: int, m: int) -> float:
         whole, tail = divmod(shape[1], m)
-        n = 1
-        if whole:
-            n = groups.least_n(int(count[:, :whole].max()), m, m)
-        if tail:
-            n = max(n, groups.least_n(int(count[:, whole].max()), m, tail))
+        return nonzeros / (shape[0] * (whole * n + (groups.group_limit(n, m, tail) if tail else 0)))
+
+    found = []
+    for m, n in least.items():
         if n < m:
-            slots = shape[0] * (whole * n + (groups.group_limit(n, m, tail) if tail else 0))
-            found.append((Pattern("nm", n=n, m=m) if v == 1 else Pattern("vnm", n=n, m=m, v=v), nonzeros / slots))
+            found.append((Pattern("nm", n=n, m=m) if v == 1 else Pattern("vnm", n=n, m=m, v=v), fill(n, m)))
+        if singles[m] <= VENOM[0] < n <= VENOM[1] < m:
+            found.append((Pattern("venom", n=singles[m], m=m, v=v, k=VENOM[1]), fill(singles[m], m)))
     return found
 
 

@@ -147,13 +147,13 @@ def top_of_groups(score: Tensor, n: int, m: int) -> Tensor:
     """Mask of the `n` highest of every `m` consecutive columns of each row; the earlier column wins a tie."""
     whole = score.shape[1] - score.shape[1] % m
     tail = score.shape[1] - whole
-    parts = [_top_of_last(score[:, :whole].reshape(score.shape[0], whole // m, m), n).reshape(score.shape[0], whole)]
+    parts = [top_of_last(score[:, :whole].reshape(score.shape[0], whole // m, m), n).reshape(score.shape[0], whole)]
     if tail:
-        parts.append(_top_of_last(score[:, whole:], group_limit(n, m, tail)))
+        parts.append(top_of_last(score[:, whole:], group_limit(n, m, tail)))
     return torch.cat(parts, dim=1)
 
 
-def _top_of_last(score: Tensor, n: int) -> Tensor:
+def top_of_last(score: Tensor, n: int) -> Tensor:
     """Mask of the `n` highest entries along the last dimension; the earlier entry wins a tie."""
     length = score.shape[-1]
     if n >= length:

@@ -8,6 +8,7 @@ One grammar serves Python, the command line and JSON. A weight is a matrix `[O, 
 | `unstructured`, `unstructured@S` | any entries; with a share S of them zero |
 | `N:M` | N of every M consecutive inputs, each output row on its own |
 | `V:N:M` | the same, and V consecutive output rows keep the same inputs |
+| `V:N:K:M` | V consecutive output rows choose K of every M inputs, each of them keeps N of these (VENOM) |
 | `RxC`, `RxC@S` | whole blocks of R outputs by C inputs; with a share S of the blocks zero |
 | `taps:N:T` | of a convolution with T taps (`kh * kw`): each output keeps N taps, the same for all inputs |
 | `V:taps:N:T` | the same, and V consecutive outputs keep the same taps |
@@ -27,21 +28,31 @@ from torch import Tensor
 
 from sparsecomp.patterns import groups
 from sparsecomp.patterns.taps import slots, taps_mask, used_taps
+from sparsecomp.patterns.venom import venom_mask
 
-Kind = Literal["dense", "unstructured", "nm", "vnm", "block", "taps"]
+Kind = Literal["dense", "unstructured", "nm", "vnm", "venom", "block", "taps"]
 
 MAX_M = 256
 MAX_ROWS = 256
 MAX_COLS = 256
 
-_KINDS = ("dense", "unstructured", "nm", "vnm", "block", "taps")
+_KINDS = ("dense", "unstructured", "nm", "vnm", "venom", "block", "taps")
+_GROUPED = ("nm", "vnm", "venom")
+_FIELDS = {
+    "nm": ("n", "m"),
+    "vnm": ("n", "m", "v"),
+    "venom": ("n", "m", "v", "k"),
+    "taps": ("n", "m", "v"),
+    "block": ("rows", "cols"),
+}
 _SHARE = re.compile(r"[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?|[0-9]+\.")
 _GROUPS = re.compile(r"(?:([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{1,9})")
+_VENOM = re.compile(r"([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})")
 _TAPS = re.compile(r"(?:([0-9]{1,9}):)?taps:([0-9]{1,9}):([0-9]{1,9})")
 _BLOCK = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
 _GRAMMAR = (
-    "expected 'dense', 'unstructured' or 'unstructured@SHARE', 'N:M', 'V:N:M', 'RxC' or 'RxC@SHARE', 'taps:N:T' or "
-    "'V:taps:N:T', such as 'unstructured@0.8', '2:4', '32:2:4', '16x1@0.5' or '16:taps:4:9'"
+    "expected 'dense', 'unstructured' or 'unstructured@SHARE', 'N:M', 'V:N:M', 'V:N:K:M', 'RxC' or 'RxC@SHARE', "
+    "'taps:N:T' or 'V:taps:N:T', such as 'unstructured@0.8', '2:4', '32:2:4', '64:2:4:8', '16x1@0.5' or '16:taps:4:9'"
 )
 
 
@@ -54,10 +65,10 @@ class Fit:
         density: nonzeros / entries of the weight.
         fill: nonzeros / slots; below 1 where the pattern keeps room for zeros, above 1 only where it is not satisfied.
         nonzeros: entries that are not zero.
-        slots: entries that the pattern keeps room for: for N:M and V:N:M every allowed one, where positions are free
-            (blocks, unstructured) those of the occupied blocks.
-        violations: groups (rows or panels, of kernel patterns) that hold more than they may, or blocks (entries, if
-            unstructured) beyond the share.
+        slots: entries that the pattern keeps room for: for N:M, V:N:M and V:N:K:M every allowed one, where positions
+            are free (blocks, unstructured) those of the occupied blocks.
+        violations: groups (rows or panels, of kernel patterns) that hold more than they may, of V:N:K:M those of rows
+            and those of panels, or blocks (entries, if unstructured) beyond the share.
     """
 
     satisfied: bool
@@ -74,9 +85,11 @@ class Pattern:
 
     Attributes:
         kind: the family; the fields that it does not use keep their defaults.
-        n: kept inputs of every group (N:M, V:N:M), or kept taps.
-        m: inputs of a group (N:M, V:N:M), or taps of a kernel, at most 256.
-        v: output rows that share their inputs (V:N:M), 2 to 256, or their taps, 1 to 256.
+        n: kept inputs of every group (N:M, V:N:M, V:N:K:M), or kept taps.
+        m: inputs of a group, or taps of a kernel, at most 256.
+        v: output rows that share their inputs (V:N:M) or those they choose from (V:N:K:M), 2 to 256, or their taps, 1
+            to 256.
+        k: inputs of a group that a panel chooses (V:N:K:M), more than n and fewer than m.
         rows: outputs of a block, at most 256.
         cols: inputs of a block, at most 256.
         sparsity: share of zero entries (unstructured) or zero blocks, in [0, 1); None means whatever the weight has.
@@ -92,25 +105,29 @@ class Pattern:
     rows: int = 1
     cols: int = 1
     sparsity: float | None = None
+    k: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"unknown kind of pattern {self.kind!r}: expected one of {', '.join(_KINDS)}")
-        used = {"nm": {"n", "m"}, "vnm": {"n", "m", "v"}, "block": {"rows", "cols"}}.get(self.kind, set())
-        used = {"n", "m", "v"} if self.kind == "taps" else used
-        for field in ("n", "m", "v", "rows", "cols"):
+        used = _FIELDS.get(self.kind, ())
+        for field in ("n", "m", "v", "k", "rows", "cols"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{field} of a pattern must be an integer, not {value!r}")
             if field not in used and value != 1:
                 raise ValueError(f"a pattern of kind {self.kind!r} has no {field}, given {value}")
-        if self.kind in ("nm", "vnm", "taps"):
+        if self.kind in (*_GROUPED, "taps"):
             whole = "T" if self.kind == "taps" else "M"
             if not 2 <= self.m <= MAX_M:
                 raise ValueError(f"pattern {self._text()!r}: {whole} must be from 2 to {MAX_M}, given {self.m}")
             if not 0 < self.n <= self.m:
                 raise ValueError(f"pattern {self._text()!r}: N must be from 1 to {whole} = {self.m}, given {self.n}")
-        least = {"vnm": 2, "taps": 1}.get(self.kind)
+        if self.kind == "venom" and not self.n < self.k < self.m:
+            raise ValueError(
+                f"pattern {self._text()!r}: K must lie between N = {self.n} and M = {self.m}, given {self.k}"
+            )
+        least = {"vnm": 2, "venom": 2, "taps": 1}.get(self.kind)
         if least is not None and not least <= self.v <= MAX_ROWS:
             raise ValueError(f"pattern {self._text()!r}: V must be from {least} to {MAX_ROWS}, given {self.v}")
         if self.kind == "block":
@@ -137,8 +154,8 @@ class Pattern:
     def parse(cls, text: str | Pattern) -> Pattern:
         """Read a pattern, such as `2:4`, `32:2:4`, `16x1@0.5`, `16:taps:4:9`, `unstructured@0.8` or `dense`.
 
-        Case and surrounding blanks do not matter. `1:N:M` is `N:M`, `1:taps:N:T` is `taps:N:T` and `1x1` is
-        `unstructured`, which they mean.
+        Case and surrounding blanks do not matter. `1:N:M`, `1:N:K:M` and `V:N:M:M` are `N:M`, `V:N:N:M` is `V:N:M`,
+        `1:taps:N:T` is `taps:N:T` and `1x1` is `unstructured`, which they mean.
         A pattern is returned as it is.
 
         Raises:
@@ -150,16 +167,21 @@ class Pattern:
             raise ValueError(f"a pattern is a text, not {type(text).__name__} {text!r}: {_GRAMMAR}")
         name, at, share = text.strip().lower().partition("@")
         sparsity = _parse_share(text, share) if at else None
-        taps_match = _TAPS.fullmatch(name)
-        if groups_match := taps_match or _GROUPS.fullmatch(name):
+        taps_match, venom_match = _TAPS.fullmatch(name), _VENOM.fullmatch(name)
+        if groups_match := taps_match or venom_match or _GROUPS.fullmatch(name):
             if at:
                 raise ValueError(f"pattern {text!r}: N:M fixes its own share of zeros; write {name!r} without @{share}")
-            v, n, m = (int(number or 1) for number in groups_match.groups())
+            v, n, *chosen, m = (int(number or 1) for number in groups_match.groups())
             if v == 0:
                 raise ValueError(f"pattern {text!r}: V must be from 1 to {MAX_ROWS}, given 0")
             if taps_match:
                 return cls("taps", n=n, m=m, v=v)
-            return cls("nm", n=n, m=m) if v == 1 else cls("vnm", n=n, m=m, v=v)
+            k = chosen[0] if chosen else n
+            if chosen and not n <= k <= m:
+                raise ValueError(f"pattern {text!r}: K must be from N = {n} to M = {m}, given {k}")
+            if v == 1 or k == m > n:
+                return cls("nm", n=n, m=m)
+            return cls("vnm", n=n, m=m, v=v) if k == n else cls("venom", n=n, m=m, v=v, k=k)
         if block_match := _BLOCK.fullmatch(name):
             rows, cols = (int(number) for number in block_match.groups())
             if rows == cols == 1:
@@ -183,6 +205,8 @@ class Pattern:
             return f"{self.n}:{self.m}"
         if self.kind == "vnm":
             return f"{self.v}:{self.n}:{self.m}"
+        if self.kind == "venom":
+            return f"{self.v}:{self.n}:{self.k}:{self.m}"
         if self.kind == "taps":
             return f"{f'{self.v}:' if self.v > 1 else ''}taps:{self.n}:{self.m}"
         if self.kind == "block":
@@ -191,17 +215,22 @@ class Pattern:
 
     @property
     def shared_rows(self) -> int:
-        """Consecutive output rows that keep the same inputs: V, or the R of a block, else 1."""
-        return self.rows if self.kind == "block" else self.v
+        """Consecutive output rows that keep the same inputs: V (but of V:N:K:M), or the R of a block, else 1."""
+        return self.rows if self.kind == "block" else 1 if self.kind == "venom" else self.v
 
     @property
     def nominal_density(self) -> float | None:
         """Share of entries that the pattern keeps where sizes divide; None if it does not fix one."""
-        if self.kind in ("nm", "vnm", "taps"):
+        if self.kind in (*_GROUPED, "taps"):
             return self.n / self.m
         if self.kind == "dense":
             return 1.0
         return None if self.sparsity is None else 1.0 - self.sparsity
+
+    @property
+    def chosen(self) -> int:
+        """Inputs of a group that the rows of a panel keep, all of them together: K, or N where the pattern has no K."""
+        return self.k if self.kind == "venom" else self.n
 
     def covers(self, other: Pattern) -> bool:
         """Whether every weight of any size that satisfies `other` satisfies this pattern too (`4:8` covers `32:2:4`).
@@ -210,9 +239,11 @@ class Pattern:
         """
         if self == other or self.kind == "dense" or (self.kind in ("unstructured", "block") and self.sparsity is None):
             return True
-        if self.kind in ("nm", "vnm") and other.kind in ("nm", "vnm"):
-            # n / m compared as n * m, since a group of M that holds k groups of M / k adds up their limits.
-            return other.v % self.v == 0 and self.m % other.m == 0 and self.n * other.m >= other.n * self.m
+        if self.kind in _GROUPED and other.kind in _GROUPED:
+            # n / m compared as n * m, since a group of M that holds several of other.m adds up their limits.
+            entries = self.m % other.m == 0 and self.n * other.m >= other.n * self.m
+            columns = self.v == 1 or self.chosen * other.m >= other.chosen * self.m
+            return other.v % self.v == 0 and entries and columns
         if self.kind == other.kind == "taps":
             return other.v % self.v == 0 and self.m == other.m and self.n >= other.n
         same_units = (self.kind, self.rows, self.cols) == (other.kind, other.rows, other.cols)
@@ -235,7 +266,8 @@ class Pattern:
     def mask(self, score: Tensor) -> Tensor:
         """Choose the entries to keep: those of the highest score that the pattern allows.
 
-        Entries that stand or fall together (a column of a panel, a block, a tap) are ranked by the sum of their scores.
+        Entries that stand or fall together (a column of a panel, a block, a tap) are ranked by the sum of their scores,
+        the columns of V:N:K:M by what they add to what the rows of the panel can keep (`venom_mask`).
         Ties go to the entry or block that comes first, so equal scores give equal masks. `unstructured@S` keeps exactly
         `round((1 - S) * O * I)` entries, `RxC@S` that share of its blocks, ragged ones included; the last group of
         `length < M` inputs keeps `ceil(N * length / M)`.
@@ -260,6 +292,8 @@ class Pattern:
         if self.kind in ("nm", "vnm"):
             panels = groups.top_of_groups(groups.block_scores(score, self.v, 1), self.n, self.m)
             return groups.spread(panels, self.v, 1, shape)
+        if self.kind == "venom":
+            return venom_mask(score, self.v, self.n, self.k, self.m)
         if self.kind == "taps":
             return taps_mask(score, self.v, self.n, self.m)
         blocks = groups.block_scores(score, self.rows, self.cols)
@@ -303,7 +337,7 @@ class Pattern:
         nonzeros = int(torch.count_nonzero(mask))
         if self.kind == "dense":
             room, violations = mask.numel(), 0
-        elif self.kind in ("nm", "vnm"):
+        elif self.kind in _GROUPED:
             room, violations = self._measure_groups(mask)
         elif self.kind == "taps":
             room = slots(shape, self.n, self.m)
@@ -324,15 +358,16 @@ class Pattern:
         )
 
     def _measure_groups(self, mask: Tensor) -> tuple[int, int]:
-        """Slots of N:M or V:N:M in a mask `[O, I]`, and the groups that hold more than they may."""
-        counts = groups.fold_columns(groups.union_rows(mask, self.v).to(torch.int16), self.m)
+        """Slots of N:M, V:N:M or V:N:K:M in a mask `[O, I]`, and the groups that hold more than they may."""
         whole, tail = divmod(mask.shape[1], self.m)
-        violations = int(torch.count_nonzero(counts[:, :whole] > self.n))
-        row_slots = whole * self.n
-        if tail:
-            limit = groups.group_limit(self.n, self.m, tail)
-            violations += int(torch.count_nonzero(counts[:, whole] > limit))
-            row_slots += limit
+        row_slots = whole * self.n + (groups.group_limit(self.n, self.m, tail) if tail else 0)
+        levels = [(self.v, self.chosen)] if self.kind != "venom" else [(self.v, self.k), (1, self.n)]
+        violations = 0
+        for v, most in levels:
+            counts = groups.fold_columns(groups.union_rows(mask, v).to(torch.int16), self.m)
+            violations += int(torch.count_nonzero(counts[:, :whole] > most))
+            if tail:
+                violations += int(torch.count_nonzero(counts[:, whole] > groups.group_limit(most, self.m, tail)))
         return mask.shape[0] * row_slots, violations
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsecomp.patterns import Pattern, groups
 from sparsecomp.patterns.taps import by_channel, by_tap
+from sparsecomp.patterns.venom import closed_entries
 from sparsecomp.pruning.statistics import Statistics
 from sparsecomp.pruning.wanda import wanda
 
@@ -24,6 +25,8 @@ CYCLES = 50
 
 def dsnot(weight: Tensor, mask: Tensor, pattern: Pattern, statistics: Statistics) -> Tensor:
     """Refine a mask; each row or panel keeps as many entries as before, and so does each group of N:M.
+
+    The columns that a panel of V:N:K:M chose stay the same; its rows exchange entries among them.
 
     Args:
         weight: `[O, I]`, the dense weight.
@@ -38,8 +41,9 @@ def dsnot(weight: Tensor, mask: Tensor, pattern: Pattern, statistics: Statistics
         return mask
     if pattern.kind == "taps":
         return _exchange_taps(weight, mask, pattern, statistics)
-    span = pattern.m if pattern.kind in ("nm", "vnm") else None
-    return _exchange(weight, mask, (pattern.shared_rows, pattern.cols), span, statistics)
+    span = pattern.m if pattern.kind in ("nm", "vnm", "venom") else None
+    closed = closed_entries(mask, pattern.v) if pattern.kind == "venom" else None
+    return _exchange(weight, mask, (pattern.shared_rows, pattern.cols), span, statistics, closed)
 
 
 def _exchange_taps(weight: Tensor, mask: Tensor, pattern: Pattern, statistics: Statistics) -> Tensor:
@@ -51,8 +55,18 @@ def _exchange_taps(weight: Tensor, mask: Tensor, pattern: Pattern, statistics: S
     return by_channel(_exchange(by_tap(weight, taps), by_tap(mask, taps), shape, None, ordered), taps, columns)
 
 
-def _exchange(weight: Tensor, mask: Tensor, unit: tuple[int, int], span: int | None, statistics: Statistics) -> Tensor:
-    """Exchange units of so many rows and columns, within groups of `span` units of a panel, or all of them."""
+def _exchange(
+    weight: Tensor,
+    mask: Tensor,
+    unit: tuple[int, int],
+    span: int | None,
+    statistics: Statistics,
+    closed: Tensor | None = None,
+) -> Tensor:
+    """Exchange units of so many rows and columns, within groups of `span` units of a panel, or all of them.
+
+    closed: bool, the shape of the units; units that are not taken back.
+    """
     rows, cols = unit
     weight = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     saliency = groups.block_scores(wanda(weight, statistics), rows, cols)
@@ -61,11 +75,12 @@ def _exchange(weight: Tensor, mask: Tensor, unit: tuple[int, int], span: int | N
     keep = groups.union_rows(mask, rows)[:, ::cols].clone()
     group = torch.arange(keep.shape[1], device=keep.device) // (span or keep.shape[1])
     error = (lost * ~keep.unsqueeze(1)).sum(dim=2)
+    closed = torch.zeros_like(keep) if closed is None else closed
     active = torch.arange(keep.shape[0], device=keep.device)
     for _ in range(CYCLES):
         if not len(active):
             break
-        active = active[_swap(active, keep, error, lost, saliency, spread, group)]
+        active = active[_swap(active, keep, closed, error, lost, saliency, spread, group)]
     return groups.spread(keep, rows, cols, (weight.shape[0], weight.shape[1]))
 
 
@@ -78,14 +93,21 @@ def _per_unit(values: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def _swap(
-    active: Tensor, keep: Tensor, error: Tensor, lost: Tensor, saliency: Tensor, spread: Tensor, group: Tensor
+    active: Tensor,
+    keep: Tensor,
+    closed: Tensor,
+    error: Tensor,
+    lost: Tensor,
+    saliency: Tensor,
+    spread: Tensor,
+    group: Tensor,
 ) -> Tensor:
     """One swap in each of the active panels, in place; returns which of them swapped."""
     panel = torch.arange(len(active), device=active.device)
     kept, before, parts = keep[active], error[active], lost[active]
     power = parts.square().sum(dim=1)
     # How much taking a unit back lowers the squared error: |e|^2 - |e - u|^2.
-    gain = 2 * torch.einsum("pvg,pv->pg", parts, before) - power
+    gain = (2 * torch.einsum("pvg,pv->pg", parts, before) - power).masked_fill(closed[active], 0)
     back = (gain / spread).masked_fill(kept | (gain <= 0), -torch.inf).argmax(dim=1)
     found = ~kept[panel, back] & (gain[panel, back] > 0)
     between = before - parts[panel, :, back]

@@ -35,9 +35,9 @@ def sparsegpt(
 ) -> tuple[Tensor, Tensor]:
     """Prune a weight and update what is kept.
 
-    Masks are chosen while the update goes on, so that they see it: at every group of M columns for N:M and V:N:M, at
-    every 16 columns for single entries, and at every 128 for blocks; taps are chosen before. Of these slices those that
-    cost most are pruned first. Entries that stand or fall together are ranked by the sum of their costs.
+    Masks are chosen while the update goes on, so that they see it: at every group of M columns for N:M, V:N:M and
+    V:N:K:M, at every 16 columns for single entries, and at every 128 for blocks; taps are chosen before. Of these
+    slices those that cost most are pruned first. What stands or falls together is ranked by the sum of its costs.
 
     Args:
         weight: `[O, I]`, floating point.
@@ -74,7 +74,7 @@ def sparsegpt(
 
 def _choice_columns(pattern: Pattern) -> int:
     """Columns whose masks are chosen together."""
-    if pattern.kind in ("nm", "vnm"):
+    if pattern.kind in ("nm", "vnm", "venom"):
         return pattern.m
     if pattern.kind == "block":
         return -(-_CHOICE_BLOCKS // pattern.cols) * pattern.cols

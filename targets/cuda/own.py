@@ -63,23 +63,41 @@ def offers(facts: WeightFacts, allowed: Collection[str] | None = None) -> list[C
         facts: of the weight.
         allowed: printed patterns that may be used; every one if None.
     """
-    panels = {v: label_of(facts, v, allowed) for v in (16, 32)}
+    panels = {v: label_of(facts, v, allowed) for v in (16, 32, 64)}
     blocks = {v: _block(facts, v, allowed) for v in (16, 32, 64)}
     found = [Candidate("panel", label, (("v", v),)) for v, label in panels.items() if label is not None]
     found += [Candidate("block", _plain(made.pattern), (("v", v),)) for v, made in blocks.items() if made is not None]
     if (label := label_of(facts, 1, allowed)) is not None:
         found.append(Candidate("rows", label))
         found += [Candidate("rows_token", label, (("tokens", tokens),)) for tokens in (1, 4)]
-    if takes_two_four(facts, allowed):
-        found += [Candidate("panel_sparse", "2:4", (("v", v),)) for v in (16, 32)]
+    two_four = takes_two_four(facts, allowed)
+    if (label := _venom(facts, allowed) or ("2:4" if two_four else None)) is not None:
+        found += [Candidate("panel_sparse", label, (("v", v),)) for v in (16, 32, 64)]
+    if two_four:
         found += [Candidate("two_four", "2:4", (("tokens", tokens),)) for tokens in (1, 4)]
     return found
 
 
+def _venom(facts: WeightFacts, allowed: Collection[str] | None) -> str | None:
+    """The pattern of VENOM under which `panel_sparse` takes a weight, None if it has none or that may not be used."""
+    for found in facts.patterns:
+        # Panels of fewer rows than the kernel's choose other columns each, so that 2:4 says as much.
+        if (pattern := found.pattern).kind == "venom" and pattern.n <= TWO_FOUR.n and pattern.v % 16 == 0:
+            wanted = [pattern] if allowed is None else [Pattern.parse(text) for text in allowed]
+            return next((str(each) for each in wanted if each.kind == "venom" and each.admits(pattern)), None)
+    return None
+
+
 def takes_two_four(facts: WeightFacts, allowed: Collection[str] | None) -> bool:
     """Whether a weight satisfies 2:4, and that may be used."""
-    fits = any(TWO_FOUR.admits(found.pattern) for found in facts.patterns)
+    fits = any(_is_two_four(found.pattern, facts.in_features) for found in facts.patterns)
     return fits and (allowed is None or any(Pattern.parse(text).admits(TWO_FOUR) for text in allowed))
+
+
+def _is_two_four(pattern: Pattern, inputs: int) -> bool:
+    """Whether weights of a pattern are 2:4; VENOM's rows keep 2 of more than 4, fours must not lie across groups."""
+    aligned = pattern.m % 4 == 0 and inputs % 4 == 0
+    return TWO_FOUR.admits(pattern) or (pattern.kind == "venom" and pattern.n <= TWO_FOUR.n and aligned)
 
 
 def kernel_of(candidate: Candidate, dtype: torch.dtype) -> CudaKernel | None:

@@ -55,6 +55,15 @@ def test_sparse_layers_take_half_the_slices_at_equal_cycles() -> None:
     assert half.dsp - 4 <= 0.55 * (whole.dsp - 4)
 
 
+def test_what_is_venoms_takes_tiles_of_its_rows() -> None:
+    small = network("16:2:4:8", vectors=4)
+    for allowed in (None, ["16:2:4:8"]):
+        chosen = [options_of(*given, patterns=allowed) for given in zip(small.layers, small.shapes(), strict=False)]
+        patterns = {str(option.pattern) for options in chosen for option in options}
+        assert "2:8" in patterns
+        assert "16:2:4:8" not in patterns
+
+
 def test_only_allowed_patterns_are_used() -> None:
     made = design(network(), part("xczu7ev"), max_dsp=40, patterns=["dense"])
     assert {option.pattern for option in made.options} == {"dense"}

@@ -12,6 +12,7 @@ from sparsecomp.patterns.groups import keep_count, shortest_share
 
 FAMILY = [f"{n}:{m}" for n, m in [(1, 4), (2, 4), (3, 4), (4, 8), (5, 8), (8, 16)]]
 FAMILY += [f"{v}:{text}" for v in (4, 8, 16, 32, 64) for text in ("2:4", "1:4", "3:8")]
+FAMILY += [f"{v}:2:4:{m}" for v in (4, 16, 64) for m in (8, 16)] + ["8:1:4:8"]
 FAMILY += ["16x1@0.5", "4x4@0.75", "1x8@0.25", "unstructured@0.8", "unstructured@0.5"]
 KERNELS = ["taps:4:9", "taps:1:9", "16:taps:4:9", "4:taps:9:25"]
 
@@ -33,7 +34,7 @@ def test_what_was_projected_is_found(text: str, rows: int, cols: int, seed: int)
     found = [detection.pattern for detection in detect(weight)]
     if (weight != 0).all():
         assert found == [Pattern("dense")]
-    elif pattern.kind in ("nm", "vnm"):
+    elif pattern.kind in ("nm", "vnm", "venom"):
         assert any(other.v == pattern.v and other.m == pattern.m and pattern.covers(other) for other in found)
     elif (weight == 0).all():
         assert any(other.kind == pattern.kind and pattern.covers(other) for other in found)

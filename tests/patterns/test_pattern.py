@@ -21,7 +21,7 @@ def patterns(draw: st.DrawFn, small: bool = False, shares: bool = False) -> Patt
     """Any valid pattern; `small` for sizes that meet small weights, `shares` for those that `mask` accepts."""
     limit = 8 if small else 256
     share = SHARES if shares else st.none() | SHARES
-    kind = draw(st.sampled_from(["dense", "unstructured", "nm", "vnm", "block", "taps"]))
+    kind = draw(st.sampled_from(["dense", "unstructured", "nm", "vnm", "venom", "block", "taps"]))
     if kind == "dense":
         return Pattern("dense")
     if kind == "unstructured":
@@ -29,6 +29,9 @@ def patterns(draw: st.DrawFn, small: bool = False, shares: bool = False) -> Patt
     if kind == "block":
         rows, cols = draw(st.tuples(st.integers(1, limit), st.integers(1, limit)).filter(lambda size: size != (1, 1)))
         return Pattern("block", rows=rows, cols=cols, sparsity=draw(share))
+    if kind == "venom":
+        n, k, m = sorted(draw(st.sets(st.integers(1, limit), min_size=3, max_size=3)))
+        return Pattern("venom", n=n, k=k, m=m, v=draw(st.integers(2, limit)))
     m = draw(st.integers(2, limit))
     n = draw(st.integers(1, m))
     if kind == "taps":
@@ -50,6 +53,7 @@ def weights(draw: st.DrawFn, minimum: int = 1) -> torch.Tensor:
     [
         ("2:4", Pattern("nm", n=2, m=4)),
         ("32:2:4", Pattern("vnm", n=2, m=4, v=32)),
+        ("64:2:4:8", Pattern("venom", n=2, m=8, v=64, k=4)),
         ("16x1", Pattern("block", rows=16, cols=1)),
         ("16x1@0.5", Pattern("block", rows=16, cols=1, sparsity=0.5)),
         ("unstructured", Pattern("unstructured")),
@@ -71,6 +75,10 @@ def test_the_forms_of_the_grammar(text: str, expected: Pattern) -> None:
         ("1:2:4", "2:4"),
         ("1:TAPS:4:9", "taps:4:9"),
         ("02:04", "2:4"),
+        ("1:2:4:8", "2:8"),
+        ("32:2:8:8", "2:8"),
+        ("32:2:2:8", "32:2:8"),
+        ("32:8:8:8", "32:8:8"),
         ("1x1@0.5", "unstructured@0.5"),
         ("unstructured@1e-3", "unstructured@0.001"),
         ("unstructured@0", "unstructured@0.0"),
@@ -93,6 +101,11 @@ def test_other_spellings_become_canonical(text: str, canonical: str) -> None:
         ("0:2:4", "V must be from 1"),
         ("512:2:4", "V must be from 2 to 256"),
         ("2:4@0.5", "without @0.5"),
+        ("64:2:4:8@0.5", "without @0.5"),
+        ("0:2:4:8", "V must be from 1"),
+        ("64:4:2:8", "K must be from N = 4 to M = 8, given 2"),
+        ("64:2:9:8", "K must be from N = 2 to M = 8, given 9"),
+        ("64:0:4:8", "N must be from 1 to M = 8, given 0"),
         ("dense@0.5", "write 'dense'"),
         ("0x4", "R and C must be from 1 to 256"),
         ("16x257", "R and C must be from 1 to 256"),
@@ -127,6 +140,10 @@ def test_only_texts_and_patterns_are_parsed() -> None:
         {"kind": "nm", "n": 2.0, "m": 4},
         {"kind": "vnm", "n": 2, "m": 4, "v": 1},
         {"kind": "nm", "n": 2, "m": 4, "sparsity": 0.5},
+        {"kind": "nm", "n": 2, "m": 8, "k": 4},
+        {"kind": "venom", "n": 2, "m": 8, "k": 4},
+        {"kind": "venom", "n": 2, "m": 8, "k": 2, "v": 16},
+        {"kind": "venom", "n": 2, "m": 8, "k": 8, "v": 16},
         {"kind": "block"},
         {"kind": "unstructured", "sparsity": math.nan},
         {"kind": "unstructured", "sparsity": -0.1},
@@ -292,13 +309,17 @@ def test_covers_knows_the_usual_cases() -> None:
     )
     assert Pattern.parse("8:2:4").covers(Pattern.parse("16:2:4"))
     assert not Pattern.parse("16:2:4").covers(Pattern.parse("8:2:4"))
+    assert all(Pattern.parse(text).covers(Pattern.parse("64:2:4:8")) for text in ("2:8", "16:2:4:8", "64:4:8", "4:16"))
+    assert not any(Pattern.parse(text).covers(Pattern.parse("64:2:4:8")) for text in ("1:8", "64:2:8", "64:2:3:8"))
+    assert Pattern.parse("64:2:4:8").covers(Pattern.parse("64:2:8"))
+    assert not Pattern.parse("64:2:4:8").covers(Pattern.parse("2:8"))
     assert Pattern.parse("unstructured@0.5").covers(Pattern.parse("unstructured@0.8"))
 
 
 def test_what_a_pattern_fixes() -> None:
-    assert [Pattern.parse(text).shared_rows for text in ("2:4", "32:2:4", "16x1", "dense")] == [1, 32, 16, 1]
-    densities = [Pattern.parse(text).nominal_density for text in ("2:4", "16x1", "16x1@0.75", "unstructured", "dense")]
-    assert densities == [0.5, None, 0.25, None, 1.0]
+    assert [Pattern.parse(text).shared_rows for text in ("2:4", "32:2:4", "64:2:4:8", "16x1")] == [1, 32, 1, 16]
+    texts = ("2:4", "64:2:4:16", "16x1", "16x1@0.75", "unstructured", "dense")
+    assert [Pattern.parse(text).nominal_density for text in texts] == [0.5, 0.125, None, 0.25, None, 1.0]
 
 
 @given(st.data())

@@ -15,7 +15,18 @@ from sparsecomp.pruning.statistics import Statistics
 from sparsecomp.pruning.wanda import wanda
 
 PATTERNS = (
-    *("unstructured@0.3", "unstructured@0.8", "2:4", "3:5", "4:2:4", "32:1:8", "4x1@0.5", "3x7@0.6", "dense"),
+    *(
+        "unstructured@0.3",
+        "unstructured@0.8",
+        "2:4",
+        "3:5",
+        "4:2:4",
+        "32:1:8",
+        "4:2:4:8",
+        "4x1@0.5",
+        "3x7@0.6",
+        "dense",
+    ),
     *("taps:2:4", "3:taps:2:5"),
 )
 

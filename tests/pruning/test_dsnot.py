@@ -17,7 +17,7 @@ def expected_error(weight: torch.Tensor, mask: torch.Tensor, statistics: Statist
 
 @settings(max_examples=40)
 @given(
-    st.sampled_from(["2:4", "3:5", "4:2:4", "unstructured@0.6", "4x1@0.5", "2x3@0.5", "dense"]),
+    st.sampled_from(["2:4", "3:5", "4:2:4", "4:2:4:8", "unstructured@0.6", "4x1@0.5", "2x3@0.5", "dense"]),
     st.integers(0, 1000),
     st.sampled_from([(8, 20), (7, 13)]),
 )

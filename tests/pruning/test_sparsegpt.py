@@ -47,7 +47,7 @@ def test_the_update_for_one_dropped_column_is_the_least_squares_solution() -> No
 
 
 @settings(max_examples=20)
-@given(st.sampled_from(["2:4", "4:2:4", "unstructured@0.6", "4x2@0.5"]), st.integers(0, 100))
+@given(st.sampled_from(["2:4", "4:2:4", "4:2:4:8", "unstructured@0.6", "4x2@0.5"]), st.integers(0, 100))
 def test_the_update_lowers_the_output_error_of_the_same_mask(text: str, seed: int) -> None:
     rows = correlated(300, 48, seed)
     weight = torch.randn(8, 48, generator=torch.Generator().manual_seed(seed + 1))
@@ -78,10 +78,13 @@ def test_windows_do_not_matter_to_the_update() -> None:
 
 
 @settings(max_examples=20)
-@given(st.sampled_from(["2:4", "4:2:4", "unstructured@0.6", "4x2@0.5"]), st.integers(0, 100))
+@given(st.sampled_from(["2:4", "4:2:4", "4:2:4:8", "unstructured@0.6", "4x2@0.5"]), st.integers(0, 100))
 def test_where_columns_stand_does_not_matter(text: str, seed: int) -> None:
     # Slices that are chosen together are ordered by their costs, so that other places of them change nothing.
-    pattern, step = Pattern.parse(text), {"2:4": 4, "4:2:4": 4, "unstructured@0.6": 16, "4x2@0.5": 128}[text]
+    pattern, step = (
+        Pattern.parse(text),
+        {"2:4": 4, "4:2:4": 4, "4:2:4:8": 8, "unstructured@0.6": 16, "4x2@0.5": 128}[text],
+    )
     rows, generator = correlated(600, 3 * step, seed).double(), torch.Generator().manual_seed(seed)
     weight = torch.randn(8, 3 * step, generator=generator).double()
     places = torch.arange(3 * step).reshape(3, step)[torch.randperm(3, generator=generator)].flatten()

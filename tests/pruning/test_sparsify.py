@@ -36,7 +36,9 @@ def unchanged(model: nn.Module, before: dict[str, torch.Tensor], versions: list[
 
 
 @settings(max_examples=25)
-@given(st.sampled_from(["unstructured@0.8", "unstructured@0.0", "2:4", "4:2:4", "32:1:8", "4x1@0.5", "4x4@0.9"]))
+@given(
+    st.sampled_from(["unstructured@0.8", "unstructured@0.0", "2:4", "4:2:4", "32:1:8", "4:2:4:8", "4x1@0.5", "4x4@0.9"])
+)
 def test_the_linears_satisfy_the_pattern_and_nothing_else_changes(text: str) -> None:
     model = mlp()
     before = copy.deepcopy(model)

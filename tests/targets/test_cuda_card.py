@@ -23,7 +23,7 @@ from sparsecomp.targets.cuda.target import SEMI
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-PATTERNS = {"two_four": "2:4", "panel_sparse": "2:4", "panel": "32:2:8", "block": "64x64@0.5"}
+PATTERNS = {"two_four": "2:4", "panel_sparse": "64:2:4:8", "panel": "32:2:8", "block": "64x64@0.5"}
 SIZES = ((520, 1000, 131), (64, 64, 8), (5, 19, 1))
 
 
@@ -101,7 +101,7 @@ def test_an_ffn_skips_units_below_the_threshold(ffn: CudaFfn) -> None:
     ("pattern", "candidate", "tokens"),
     [
         ("2:4", SEMI, 13),
-        ("2:4", Candidate("panel_sparse", "2:4", (("v", 32),)), 100),
+        ("64:2:4:8", Candidate("panel_sparse", "64:2:4:8", (("v", 32),)), 100),
         ("32:2:8", Candidate("panel", "32:2:8", (("v", 32),)), 100),
         ("64x64@0.5", Candidate("block", "64x64", (("v", 64),)), 100),
         ("unstructured@0.9", Candidate("rows_token", "unstructured", (("tokens", 1),)), 1),

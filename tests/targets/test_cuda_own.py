@@ -27,7 +27,7 @@ from sparsecomp.targets.cuda.kernels import CompiledKernel
 from sparsecomp.targets.cuda.target import CudaTarget
 
 HALF = torch.float16
-PATTERNS = ("2:4", "32:2:8", "16x16@0.8", "64x64@0.9", "unstructured@0.9")
+PATTERNS = ("2:4", "32:2:8", "32:2:4:16", "16x16@0.8", "64x64@0.9", "unstructured@0.9")
 
 
 def sparse(pattern: str, outputs: int, inputs: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -131,6 +131,8 @@ def test_a_card_is_offered_our_kernels_by_their_prices() -> None:
         model, x = nn.Linear(8192, 8192).half(), torch.empty(4096, 8192, dtype=HALF)
     (many,) = sparsecomp.explain(model, x, target="cuda:h100", assume="64x64@0.9")
     assert many.chosen.kernel == "block"
+    (panels,) = sparsecomp.explain(model, x[:64], target="cuda:h100", assume="64:2:4:16")
+    assert str(panels.chosen) == "panel_sparse[64:2:4:16]"
     (one,) = sparsecomp.explain(model, x[:1], target="cuda:h100", assume="unstructured@0.95")
     assert one.chosen.kernel == "rows_token"
     (worse,) = sparsecomp.explain(model, x, target="cuda:h100", assume="unstructured@0.5")
@@ -152,7 +154,7 @@ def test_packed_bytes_are_those_of_the_packed_weight(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16])
-@pytest.mark.parametrize("pattern", ["2:4", "32:2:8", "16x16@0.5", "unstructured@0.9"])
+@pytest.mark.parametrize("pattern", ["2:4", "32:2:8", "32:2:4:16", "16x16@0.5", "unstructured@0.9"])
 def test_products_of_every_candidate_agree_under_the_emulator(pattern: str, dtype: torch.dtype) -> None:
     weight, target = sparse(pattern, 48, 64, dtype), CardOnCpu()
     tolerance = {torch.float32: 1e-5, HALF: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
@@ -186,6 +188,7 @@ def test_a_weight_of_zeros_leaves_the_bias(name: str) -> None:
     [
         ("32:2:8", Candidate("panel", "32:2:8", (("v", 32),)), 9),
         ("2:4", Candidate("panel_sparse", "2:4", (("v", 16),)), 12),
+        ("32:2:4:8", Candidate("panel_sparse", "32:2:4:8", (("v", 32),)), 12),
         ("unstructured@0.9", Candidate("rows_token", "unstructured", (("tokens", 1),)), 1),
     ],
     ids=lambda value: str(value) if isinstance(value, Candidate) else None,
@@ -222,6 +225,20 @@ def test_products_keep_shape_type_and_device_of_the_op_that_graphs_see(
     ((launch, _, device),) = launched
     assert launch == kernel.launch(48, 64, tokens)
     assert device == x.device
+
+
+def test_sparse_panels_take_what_is_venoms_and_may_be_used() -> None:
+    facts = WeightFacts.of(sparse("64:2:4:8", 128, 256))
+    labels = {c.pattern for c in own.offers(facts) if c.kernel == "panel_sparse"}
+    assert labels == {"64:2:4:8"}
+    for allowed, label in ((["16:2:4:8"], "16:2:4:8"), (["2:4", "64:2:4:16"], "2:4"), (["64:2:8"], None)):
+        found = {c.pattern for c in own.offers(facts, allowed) if c.kernel == "panel_sparse"}
+        assert found == ({label} if label else set())
+    few = WeightFacts.of(sparse("8:2:4:8", 128, 256))  # the panels of the kernel have 16 rows
+    assert {c.pattern for c in own.offers(few) if c.kernel == "panel_sparse"} == {"2:4"}
+    # Without a weight, 2:4 is known to hold only where no four columns lie across two groups.
+    for text, inputs, holds in (("64:2:4:8", 256, True), ("64:2:4:8", 254, False), ("64:2:4:10", 260, False)):
+        assert own.takes_two_four(WeightFacts.assumed(64, inputs, Pattern.parse(text)), None) == holds
 
 
 def test_weights_that_no_kernel_takes_are_refused() -> None:

@@ -46,7 +46,16 @@ def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
         get_target(name)
 
 
-@pytest.mark.parametrize("text", ["unstructured@0.7", "2:4", "8:2:4", "16x1@0.5", "dense"])
+@pytest.mark.parametrize("name", ["x86:generic", "arm:cortex-a76", "cuda:h100"])
+def test_what_is_venoms_runs_as_rows_where_no_kernel_is_made_for_it(name: str) -> None:
+    facts = WeightFacts.of(Pattern.parse("64:2:4:8").project(torch.randn(128, 256)))
+    offered = get_target(name).candidates(facts, ["64:2:4:8"])
+    assert "rows[64:2:4:8]" in map(str, offered)
+    assert not any(candidate.kernel == "panel" for candidate in offered)
+    assert [str(candidate) for candidate in get_target(name).candidates(facts, ["64:2:4:16"])] == ["dense"]
+
+
+@pytest.mark.parametrize("text", ["unstructured@0.7", "2:4", "8:2:4", "16:2:4:8", "16x1@0.5", "dense"])
 def test_assumed_facts_are_those_of_a_random_weight(text: str) -> None:
     pattern = Pattern.parse(text)
     counted = WeightFacts.of(pattern.project(torch.randn(128, 512, generator=torch.Generator().manual_seed(0))))
