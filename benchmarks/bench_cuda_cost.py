@@ -99,7 +99,8 @@ def main() -> None:
         details = {"published": item.measured, "predicted": item.predicted, "right winner": item.right}
         details |= {"dense time error %": item.dense_error, "2:4 time error %": item.sparse_error}
         results.add(Row(item.case, item.error, "% error of the speed-up", 25, at_most=True, details=details))
-    for name, group in (("layers of the source that was fitted to", (0,)), ("all other sources", range(1, 6))):
+    groups = ("layers of the source that was fitted to", (0,)), ("all other sources", range(1, 6)), ("all", range(6))
+    for name, group in groups:
         within, wrong = summary(name, [item for item in compared if item.group in group])
         within.goal, wrong.goal, wrong.at_most = 12, 1, True
         results.add(within)

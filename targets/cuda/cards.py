@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any
 
@@ -13,10 +13,29 @@ import torch
 
 RATES = {torch.float16: "half", torch.bfloat16: "half", torch.int8: "int8", torch.float32: "float32"}
 """Names in `facts.json` of the arithmetic of an element type; float32 is that of the CUDA cores, dense alone."""
-
-
 _CORES_SHARE = 0.85
 """Of the float32 peak of the CUDA cores that large products sustain: an assumption."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """How a library's products of an element type behave on a card, dense or 2:4.
+
+    Attributes:
+        share: of the peak (2:4: of twice the peak) that large products sustain under the card's limit of power.
+        base: microseconds of a small product.
+        stream: GB/s at which one multiprocessor gets operands.
+        edge: how much longer small tiles take for their arithmetic.
+        depth: nanoseconds that a tile takes for each input at least, however small it is.
+        slices: parts at most into which the inputs are cut where there are few tiles.
+    """
+
+    share: float
+    base: float
+    stream: float
+    edge: float
+    depth: float
+    slices: int
 
 
 @dataclass(frozen=True)
@@ -34,12 +53,8 @@ class Card:
         warps: that are resident on a multiprocessor at most.
         blocks: that are resident on a multiprocessor at most.
         peak: TFLOPS (or TOPS) of dense products, by the names of `RATES`.
-        share: of the peak that large products sustain under the card's limit of power, by the names of `RATES`, for
-            dense products and for 2:4 (there of twice the peak).
-        base: microseconds of a small product, dense and 2:4.
-        stream: GB/s that one multiprocessor can ask of the memory, dense and 2:4.
-        edge: how much longer small tiles take for their arithmetic, dense and 2:4.
-        measured: whether `share`, `base`, `stream` and `edge` come from measurements of this card.
+        libraries: the dense and the 2:4 one, by the names of `RATES` without float32.
+        measured: whether `libraries` come from measurements of this card.
     """
 
     name: str
@@ -52,18 +67,18 @@ class Card:
     warps: int
     blocks: int
     peak: dict[str, float]
-    share: dict[str, tuple[float, float]]
-    base: tuple[float, float]
-    stream: tuple[float, float]
-    edge: tuple[float, float]
+    libraries: dict[str, tuple[Library, Library]]
     measured: bool
+
+    def library(self, dtype: torch.dtype, sparse: bool) -> Library:
+        """The library for an element type; float32 is taken to be as float16, but on the CUDA cores."""
+        if dtype == torch.float32:
+            return replace(self.libraries["half"][0], share=_CORES_SHARE, depth=0.0)
+        return self.libraries[RATES[dtype]][sparse]
 
     def rate(self, dtype: torch.dtype, sparse: bool) -> float:
         """TFLOPS of large products, dense or 2:4 (multiply-adds with the zeros count too), within the power limit."""
-        kind = RATES[dtype]
-        if kind not in self.share:
-            return self.peak[kind] * _CORES_SHARE
-        return self.peak[kind] * (2 * self.share[kind][1] if sparse else self.share[kind][0])
+        return self.peak[RATES[dtype]] * (1 + sparse) * self.library(dtype, sparse).share
 
 
 @functools.cache
@@ -94,12 +109,13 @@ def card(name: str) -> Card:
         limits["warps"],
         limits["blocks"],
         found["peak"],
-        {kind: (dense, sparse) for kind, (dense, sparse) in chosen["share"].items()},
-        (chosen["base"][0], chosen["base"][1]),
-        (chosen["stream"][0], chosen["stream"][1]),
-        (chosen["edge"][0], chosen["edge"][1]),
+        {kind: (_library(by["dense"]), _library(by["sparse"])) for kind, by in chosen.items()},
         "like" not in found,
     )
+
+
+def _library(constants: dict[str, Any]) -> Library:
+    return Library(**{field.name: constants[field.name] for field in fields(Library)})
 
 
 def card_here() -> Card:

@@ -1,10 +1,11 @@
 """The cost model of NVIDIA cards: a roofline over tiles, with waves, for the libraries that PyTorch calls.
 
-A product `[tokens, I] x [I, O]` is cut into tiles, a block of threads each, and into slices of I where there are few
-tiles. A multiprocessor takes one block at a time, for which it needs the arithmetic of the tile or the time in which
-its operands arrive, whichever is longer; blocks run in waves of as many as there are multiprocessors, and the last
-wave takes as long as a full one. The whole takes at least what the memory needs for all operands once. The library
-picks the best tile (the roofline of S. Williams et al., CACM 52(4), 2009, for a tile).
+A product `[tokens, I] x [I, O]` is cut into tiles, a block of threads each, and by some libraries into slices of I
+where there are few tiles. A multiprocessor takes one block at a time, for which it needs the arithmetic of the tile,
+the time in which its operands arrive or that in which its steps along I follow each other, whichever is longest; blocks
+run in waves of as many as there are multiprocessors, and the last wave takes as long as a full one. The whole takes at
+least what the memory needs for all operands once. The library picks the best tile (the roofline of S. Williams et al.,
+CACM 52(4), 2009, for a tile).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sparsecomp.targets.cuda.cards import Card
 TILES = ((64, 64), (128, 64), (64, 128), (128, 128), (256, 128))
 """Outputs and tokens of the tiles that the libraries have kernels for."""
 SLICES = (1, 2, 4, 8)
-"""Parts of the inputs that are summed apart where there are fewer tiles than multiprocessors."""
+"""Parts of the inputs that are summed apart where there are fewer tiles than multiprocessors, in libraries that do."""
 CHANNELS = 256
 """Below so many inputs or outputs 2:4 loses: square products of 64, 128 and 256 take 1.3 to 1.5 times as long in
 float16 on an A100, 1.2 to 1.5 times in bfloat16 on an H100 (the tables that the constants are fitted to)."""
@@ -39,10 +40,12 @@ def predict_us(card: Card, problem: Problem, sparse: bool) -> float:
     """Microseconds of one call, dense or with a 2:4 weight; the host's work is not in it."""
     size = problem.dtype.itemsize
     tokens, outputs, inputs = problem.tokens, problem.facts.out_features, problem.facts.in_features
-    padding = 0.0
+    library, padding = card.library(problem.dtype, sparse), 0.0
     if sparse and (missing := -tokens % TOKENS[problem.dtype]):
         tokens += missing
-        padding = card.base[0] + 2 * tokens * inputs * size / (1e3 * _CACHE * card.bandwidth)
+        padding = card.library(problem.dtype, sparse=False).base + 2 * tokens * inputs * size / (
+            1e3 * _CACHE * card.bandwidth
+        )
     kept = 0.5 + 2 * _META / size if sparse else 1.0
     # int8 products leave as int8 with 2:4 and dense alike, with their scales in the epilogue.
     unique = size * (outputs * inputs * kept + tokens * inputs + tokens * outputs * (1 + problem.residual))
@@ -51,17 +54,17 @@ def predict_us(card: Card, problem: Problem, sparse: bool) -> float:
     best = math.inf
     for rows, columns in TILES:
         tiles = math.ceil(outputs / rows) * math.ceil(tokens / columns)
-        edge = 1 + card.edge[sparse] * (64 / rows + 64 / columns)
-        for slices in SLICES:
+        edge = 1 + library.edge * (64 / rows + 64 / columns)
+        for slices in (n for n in SLICES if n <= library.slices):
             depth = math.ceil(inputs / slices)
             arithmetic = 2 * rows * columns * depth / rate * edge
-            arrival = (rows * kept + columns) * depth * size / (1e3 * card.stream[sparse])
+            arrival = (rows * kept + columns) * depth * size / (1e3 * library.stream)
             waves = math.ceil(tiles * slices / card.sms)
-            us = max(waves * max(arithmetic, arrival), floor)
+            us = max(waves * max(arithmetic, arrival, library.depth * depth / 1e3), floor)
             if slices > 1:
                 us += _REDUCE_US + 8 * tokens * outputs / (1e3 * _CACHE * _MEMORY * card.bandwidth)
             best = min(best, us)
-    return card.base[sparse] + padding + best
+    return library.base + padding + best
 
 
 def memory_us(card: Card, nbytes: float) -> float:

@@ -27,7 +27,8 @@ from sparsecomp.targets.cuda.cost import STRIDE, memory_us
 
 TWO_FOUR = Pattern.parse("2:4")
 SHARE = 0.5
-"""Of the rate of large library products, and of the multiply-adds of the CUDA cores, that ours are taken to reach."""
+"""Of the rates of the libraries (arithmetic of large products, and operands that one multiprocessor gets), and of the
+multiply-adds of the CUDA cores, that ours are taken to reach."""
 _WORK = {
     "panel_tensor": (8, 1.0),
     "panel_fma": (16, 1.5),
@@ -146,19 +147,20 @@ def predict_us(card: Card, candidate: Candidate, problem: Problem) -> float:
     turns = math.ceil(math.prod(launch.grid) / card.sms)
     hidden = min(1.0, min(resident, turns) * launch.block[0] / 32 / wanted)
     rate = card.rate(problem.dtype if kernel.source == "panel_tensor" else torch.float32, sparse=False)
+    library = card.library(problem.dtype, sparse=False)
     work, tile = _work(candidate, facts, size), kernel.tokens or TILE
     arithmetic = 2 * work.entries * tile * instructions / (1e6 * SHARE * rate / card.sms)
-    arrival = (work.nbytes + work.rows * tile * size) / (1e3 * card.stream[0])
+    arrival = (work.nbytes + work.rows * tile * size) / (1e3 * SHARE * library.stream)
     us = turns * max(arithmetic, arrival) / launch.grid[0] / hidden
     us = max(us, memory_us(card, work.nbytes + size * tokens * (inputs + outputs * (1 + problem.residual))))
     if not kernel.tokens:  # x and y are turned around by kernels of PyTorch
         stride = tokens + -tokens % STRIDE
         us += (
-            2 * card.base[0]
+            2 * library.base
             + memory_us(card, 2 * size * stride * inputs)
             + memory_us(card, 2 * size * stride * outputs)
         )
-    return card.base[0] + us
+    return library.base + us
 
 
 def packed_bytes(candidate: Candidate, facts: WeightFacts, size: int) -> int:

@@ -32,7 +32,7 @@ class Ffn(nn.Module):
 @pytest.mark.parametrize("name", [name for name in target_names() if name.startswith("cuda:")])
 def test_a_model_on_the_meta_device_is_explained_for_every_card(name: str) -> None:
     with torch.device("meta"):
-        model, x = Ffn().half(), torch.empty(2048, 1024, dtype=torch.half)
+        model, x = Ffn(2048, 8192).half(), torch.empty(2048, 2048, dtype=torch.half)
     report = sparsecomp.explain(model, x, target=name, assume="2:4")
     assert [choice.chosen for choice in report] == [SEMI, SEMI]
     assert name in str(report)
@@ -73,8 +73,8 @@ def test_convolutions_are_priced_and_stay_dense() -> None:
 
 def test_a_plan_is_made_for_a_card_that_is_not_here() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)).bfloat16()
-    batches = [torch.randn(64, 512).bfloat16() for _ in range(3)]
+    model = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 1024)).bfloat16()
+    batches = [torch.randn(256, 1024).bfloat16() for _ in range(3)]
     plan = sparsecomp.plan(model, batches, speedup=1.05, patterns=["2:4"], target="cuda:l4")
     assert plan.target == "cuda:l4"
     assert SEMI in [choice.chosen for choice in plan.sites]
