@@ -61,21 +61,20 @@ def _machine():
     return folder
 
 
+def compile_file(kernel, headers, entry, defines, library):
+    """Compile the file of a kernel with the emulator to a library."""
+    machine = Path(_machine().name) / "machine.o"
+    # The emulator's intrinsics.cuh comes before the card's.
+    given = [f"-I{EMULATOR}", f"-I{headers}", f'-DKERNEL="{kernel}"', f"-DENTRY={entry}", *(f"-D{d}" for d in defines)]
+    _gcc("-shared", *given, EMULATOR / "launch.cpp", machine, "-o", library)
+
+
 def compile_source(source, entry, defines):
     """Compile the text of a kernel with the emulator."""
-    machine = Path(_machine().name) / "machine.o"
     with tempfile.TemporaryDirectory() as folder:
         kernel, library = Path(folder) / "kernel.cu", Path(folder) / "kernel.so"
         kernel.write_text(source)
-        # The emulator's intrinsics.cuh comes before the card's.
-        given = [
-            f"-I{EMULATOR}",
-            f"-I{KERNELS}",
-            f'-DKERNEL="{kernel}"',
-            f"-DENTRY={entry}",
-            *(f"-D{d}" for d in defines),
-        ]
-        _gcc("-shared", *given, EMULATOR / "launch.cpp", machine, "-o", library)
+        compile_file(kernel, KERNELS, entry, defines, library)
         return Emulated(library)
 
 

@@ -12,10 +12,15 @@ from sparsecomp.cli.onnx import Exclude, PlanFile, parts_of
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="An ONNX model, or a program of torch.export (.pt2).")],
+    model: Annotated[
+        Path, typer.Argument(help="An ONNX model, or a program of torch.export (.pt2); for cards the latter.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     target: Annotated[
-        str, typer.Option(help="arm; host: the same code for this machine, to test it; hls: an FPGA.")
+        str,
+        typer.Option(
+            help="arm; host: the same code for this machine, to test it; hls: an FPGA; cuda: a card, also cuda:h100."
+        ),
     ] = "arm",
     cpu: Annotated[str, typer.Option(help="The board's CPU, such as cortex-a53.")] = "cortex-a76",
     shape: Annotated[
@@ -37,6 +42,10 @@ def export(
     ] = None,
     ram: Annotated[str | None, typer.Option(help="What the board has for the model, such as 512K or 4M.")] = None,
     flash: Annotated[str | None, typer.Option(help="The same for weights and kernels.")] = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="cuda: compute capability, such as sm_90; several times for code for several."),
+    ] = None,
     part: Annotated[str, typer.Option(help="hls: the device, such as xc7z020.")] = "xczu7ev",
     clock: Annotated[str, typer.Option(help="hls: of the design.")] = "5ns",
     calibration: Annotated[
@@ -61,12 +70,15 @@ def export(
 ) -> None:
     """Write a package of C, objects and weights that runs a model on a board without Python, PyTorch or TVM.
 
-    With --target hls: a project of C++ for high-level synthesis, of an int8 network.
+    With --target hls: a project of C++ for high-level synthesis, of an int8 network. With --target cuda: the sparse
+    linears alone, as CUDA C++ and cubins with a C++ program that runs, checks and times them on a card.
     """
     with errors_for_people():
         sizes = {
             name: [int(part) if part.isdecimal() else part for part in parts] for name, parts in parts_of(shape).items()
         }
+        if arch and not _is_cuda(target):
+            raise ValueError("--arch belongs to --target cuda")
         if target == "hls":
             if sizes or plan or exclude or threads != 1 or dtype or ram or flash:
                 raise ValueError(
@@ -81,6 +93,11 @@ def export(
                 "--calibration, --max-dsp, --max-latency, --max-interval, --skip, --rtl and --pareto belong to "
                 "--target hls"
             )
+        if _is_cuda(target):
+            if sizes or threads != 1 or dtype or ram or flash:
+                raise ValueError("--target cuda takes --arch, --plan and --exclude")
+            _export_cuda(model, output, target, arch, {"plan": plan, "exclude": exclude})
+            return
         try:
             from sparsecomp.exporting.api import export as write
         except ModuleNotFoundError as error:
@@ -99,6 +116,23 @@ def export(
         )
     print(report)
     print(f"written to {output}")
+
+
+def _is_cuda(target: str) -> bool:
+    return target.partition(":")[0] == "cuda"
+
+
+def _export_cuda(model: Path, output: Path, target: str, arch: list[str] | None, options: dict[str, Any]) -> None:
+    from sparsecomp.cuda.export import export_cuda
+
+    try:
+        report = export_cuda(model, output=output, target=target, arch=arch, options=options)
+    except ModuleNotFoundError as error:
+        raise ValueError(str(error)) from error
+    print(report)
+    print(
+        f"written to {output}; cmake -S {output} -B {output / 'build'} prepares its program, see {output / 'README.md'}"
+    )
 
 
 def _export_hls(

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from sparsecomp.cuda.export import export_cuda
 from sparsecomp.exporting.emit import Sizes, labelled, package
 from sparsecomp.exporting.lowering import lower
 from sparsecomp.exporting.ranges import dynamic_shapes, parse_shapes
@@ -24,6 +25,7 @@ from sparsecomp.exporting.sites import FoundSite, dense_up_to, find_sites, outpu
 from sparsecomp.frontends.onnx_half import widen
 from sparsecomp.frontends.onnx_load import load
 from sparsecomp.frontends.onnx_shapes import infer
+from sparsecomp.frontends.program import load_program
 from sparsecomp.kernels import tir
 from sparsecomp.options import Options
 from sparsecomp.packages import write_package
@@ -39,7 +41,6 @@ DEFAULT_CPU = "cortex-a76"
 _TARGETS = ("arm", "host")
 _DTYPES = ("float32", "float16")
 _MOST_THREADS = 64
-_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model | nn.Module | torch.export.ExportedProgram"
@@ -59,15 +60,17 @@ def export(
     dtype: str | None = None,
     ram: int | str | None = None,
     flash: int | str | None = None,
+    arch: str | Sequence[str] | None = None,
 ) -> Report:
-    """Write a package that runs a model on a board, without Python, torch or TVM.
+    """Write a package that runs a model on a board, without Python, torch or TVM; or its sparse linears on a card.
 
     Args:
         model: an ONNX model (path or in memory), a program of `torch.export` (or the path of its .pt2 file), or a
             module, which is exported with `inputs`.
         inputs: example inputs of a module.
         output: the folder to write; what lies in it from an export before is replaced.
-        target: `arm`; or `host` for the same code built for this x86-64 machine, to test it.
+        target: `arm`; or `host` for the same code built for this x86-64 machine, to test it. `cuda`, or a card such as
+            `cuda:h100`: see `sparsecomp.cuda.export.export_cuda`, which takes `options` and `arch`.
         cpu_name: the board's CPU, one of `sparsecomp.targets.arm.cpu_names()`; of `host` the one that is planned for.
         shapes: sizes of inputs by name; what a model leaves open is 1 first, then 128, and 224 for images. A size that
             each run of the package gives is a range, such as `(1, "1..128")`; memory is planned for its largest. Ranges
@@ -81,6 +84,7 @@ def export(
             float32. Inputs and outputs stay what they are.
         ram: bytes that the package may take at run time, also as "512K" or "4M".
         flash: bytes that weights and kernels may take.
+        arch: of cards: compute capability such as `sm_90`, or several.
 
     Returns:
         What was chosen for every site; its notes say what the package takes.
@@ -91,8 +95,18 @@ def export(
         FileNotFoundError: there is no such file.
         OSError: the folder cannot be written.
     """
+    if target.partition(":")[0] == "cuda":
+        if shapes or dtype or ram or flash or threads != 1 or cpu_name != DEFAULT_CPU:
+            raise ValueError(
+                "shapes, dtype, ram, flash, threads and cpu_name belong to boards; cards take options and arch"
+            )
+        if isinstance(model, (onnx.ModelProto, ir.Model)):
+            raise ValueError("packages for cards are made of modules and programs of torch.export, given an ONNX model")
+        return export_cuda(model, inputs, output=output, target=target, arch=arch, options=options)
+    if arch is not None:
+        raise ValueError(f"arch={arch!r} belongs to cards: give target='cuda'")
     if target not in _TARGETS:
-        raise ValueError(f"unknown target {target!r} to export for; the targets are {', '.join(_TARGETS)}")
+        raise ValueError(f"unknown target {target!r} to export for; the targets are {', '.join((*_TARGETS, 'cuda'))}")
     if not 1 <= threads <= _MOST_THREADS:
         raise ValueError(f"threads must be 1 to {_MOST_THREADS}, given {threads}")
     limits = _bytes("ram", ram), _bytes("flash", flash)
@@ -145,9 +159,7 @@ def _load(
         path = Path(model)
         if path.suffix != ".pt2":
             return load(path), path.name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file; give the path of a program of torch.export")
-        return _from_torch(_load_program(path)), path.name
+        return _from_torch(load_program(path)), path.name
     if isinstance(model, (onnx.ModelProto, ir.Model)):
         return load(model), "the model"
     if not isinstance(model, nn.Module):
@@ -156,22 +168,6 @@ def _load(
         raise ValueError("a module is exported with example inputs: sparsecomp.export(model, inputs, output=...)")
     changing = dynamic_shapes(model, len(inputs), shapes)
     return _from_torch(model, tuple(inputs), dynamic_shapes=changing), type(model).__name__
-
-
-def _load_program(path: Path) -> torch.export.ExportedProgram:
-    """A program from a file that need not be trusted: tensors in it are read without unpickling code."""
-    before = os.environ.get(_WEIGHTS_ONLY)
-    os.environ[_WEIGHTS_ONLY] = "1"
-    try:
-        with _quiet():
-            return torch.export.load(path)
-    except Exception as error:  # whatever the loader raises for what is no program
-        raise ValueError(f"{path} is no program of torch.export that can be read without pickle: {error}") from error
-    finally:
-        if before is None:
-            del os.environ[_WEIGHTS_ONLY]
-        else:
-            os.environ[_WEIGHTS_ONLY] = before
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class CudaTarget(Target):
 
     device = "cuda"
     fuses = False
-    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
     def __init__(self, card: Card, scales: Mapping[str, float] | None = None) -> None:
         self.card = card
