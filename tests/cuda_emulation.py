@@ -92,14 +92,16 @@ def emulate(kernel):
 def linear(kernel, weight, x, bias=None, activation=0, seed=0, left_out=""):
     """`act(x W^T + bias)` by a kernel, and what failed."""
     (outputs, inputs), tokens = weight.shape, len(x)
-    stride = -(-tokens // 8) * 8
-    many = kernel.tokens == 0
+    stride = kernel.stride(tokens)
+    many, exact = kernel.tokens == 0, kernel.dtype == torch.int8
     given = dict(kernel.pack(weight))
     if many:  # what lies in the padding of x must not matter
-        given["x"] = torch.nn.functional.pad(x.t(), (0, stride - tokens), value=torch.nan).contiguous()
+        padding = 99 if exact else torch.nan
+        given["x"] = torch.nn.functional.pad(x.t(), (0, stride - tokens), value=padding).contiguous()
     else:
         given["x"] = x.contiguous()
-    y = torch.full((outputs, stride) if many else (tokens, outputs), torch.nan, dtype=x.dtype)
+    unwritten = (-(2**31), torch.int32) if exact else (torch.nan, x.dtype)
+    y = torch.full((outputs, stride) if many else (tokens, outputs), unwritten[0], dtype=unwritten[1])
     given.update(bias=bias, y=y, outputs=outputs, inputs=inputs, tokens=tokens, stride=stride, activation=activation)
     arguments = [
         given[name].contiguous() if isinstance(given[name], torch.Tensor) else given[name] for name in kernel.arguments

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsecomp.cuda import panels, rows
 
-NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "int8"}
 MATRIX = ("x", "bias", "y", "outputs", "inputs", "tokens", "stride", "activation")
 FEW = ("x", "bias", "y", "outputs", "inputs", "tokens", "activation")
 TILE = 64
@@ -43,10 +43,11 @@ class Launch:
 class CudaKernel:
     """A kernel for a linear: ``y = act(x W^T + bias)``.
 
-    Where `tokens` is 0, x is feature-major ``[inputs, stride]`` and y ``[outputs, stride]``, with stride the tokens
-    rounded up to 8; columns of x from ``tokens`` on may hold anything, those of y come out unspecified. Otherwise x is
+    Where `tokens` is 0, x is feature-major ``[inputs, stride]`` and y ``[outputs, stride]``, with the stride of
+    `stride`; columns of x from ``tokens`` on may hold anything, those of y come out unspecified. Otherwise x is
     ``[tokens, inputs]`` and y ``[tokens, outputs]``. bias is float32 ``[outputs]`` or null, activation an index of
-    `sparsecomp.kernels.epilogue.ACTIVATIONS`, and all other numbers are int32.
+    `sparsecomp.kernels.epilogue.ACTIVATIONS`, and all other numbers are int32. Where x is int8, y and bias are int32,
+    and there is no activation.
 
     Attributes:
         name: of the kernel with its type and sizes, such as ``panel_sparse_v32_f16``.
@@ -56,7 +57,7 @@ class CudaKernel:
         source: file among the kernels, without ``.cu``.
         entry: name of the function in it.
         defines: for `sparsecomp.cuda.nvrtc.compile_kernel`.
-        dtype: of the weight, x and y.
+        dtype: of the weight and x, and of y but for int8.
         rows: of a panel or block; 1 where rows are read on their own.
         tokens: most tokens of a launch; 0 where any number is taken.
         arguments: of the function, in order: the packed tensors by their names, then `MATRIX` or `FEW`.
@@ -88,11 +89,18 @@ class CudaKernel:
             raise ValueError(f"kernel {self.name} takes {most} tokens, given {tokens}")
         if not self.tokens:
             rows, threads = (8, 256) if self.family == "rows" else (self.rows, 128)
+            if self.source == "panel_int8" and rows == 16:
+                threads = 64
             return Launch((-(-outputs // rows), -(-tokens // TILE), 1), (threads, 1, 1))
         padded = -(-inputs // 16) * 16 if self.family == "two_four" else inputs // 8 * 8 + 8
         return Launch(
             (-(-outputs // 32), 1, 1), (256, 1, 1), _fits(self.name, self.tokens * padded * self.dtype.itemsize)
         )
+
+    def stride(self, tokens: int) -> int:
+        """Entries from a row of a feature-major x or y to the next: rows begin at multiples of 16 bytes."""
+        multiple = 16 if self.dtype == torch.int8 else 8
+        return -(-tokens // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,9 @@ def _fits(name: str, shared: int) -> int:
 
 def _panels() -> list[CudaKernel]:
     made = []
-    for dtype in panels.HALF:
+    arguments = ("weights", "columns", "starts", *MATRIX)
+    for dtype in panels.TENSOR:
+        source = "panel_int8" if dtype == torch.int8 else "panel_tensor"
         for v in (16, 32, 64):
             for family, sparse, run in (("panel_sparse", 1, 1), ("panel", 0, 1), ("block", 0, v)):
                 pack = (
@@ -145,17 +155,14 @@ def _panels() -> list[CudaKernel]:
                     else functools.partial(panels.pack_panels, rows=v, run=run)
                 )
                 defines: tuple[str, ...] = (NAMES[dtype].upper(), f"V={v}", f"SPARSE={sparse}", f"RUN={run}")
-                arguments = ("weights", "columns", "starts", *MATRIX)
                 name = f"{family}_v{v}_{NAMES[dtype]}"
                 made.append(
                     CudaKernel(
-                        *(name, family, "panel_tensor", "panel_tensor", defines, dtype, v, 0, arguments, pack),
-                        mma_sp=bool(sparse),
+                        *(name, family, source, source, defines, dtype, v, 0, arguments, pack), mma_sp=bool(sparse)
                     )
                 )
     for v in (16, 32, 64):
         pack = functools.partial(panels.pack_panels, rows=v)
-        arguments = ("weights", "columns", "starts", *MATRIX)
         defines = ("F32", f"V={v}")
         made.append(
             CudaKernel(
@@ -181,7 +188,7 @@ def _rows() -> list[CudaKernel]:
                     *(1, tokens, arguments, rows.pack_token_rows),
                 )
             )
-            if dtype in rows.HALF:
+            if dtype in rows.TWO_FOUR:
                 made.append(
                     CudaKernel(
                         *(f"two_four_t{tokens}_{name}", "two_four", "two_four_token", "two_four_token", defines),
@@ -192,4 +199,4 @@ def _rows() -> list[CudaKernel]:
 
 
 KERNELS = (*_panels(), *_rows())
-FFN = tuple(CudaFfn(f"ffn_threshold_{name}", (name.upper(),), dtype) for dtype, name in NAMES.items())
+FFN = tuple(CudaFfn(f"ffn_threshold_{NAMES[dtype]}", (NAMES[dtype].upper(),), dtype) for dtype in rows.FLOATS)

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-HALF = (torch.float16, torch.bfloat16)
+TYPES = (*FLOATS, torch.int8)
+TWO_FOUR = (torch.float16, torch.bfloat16, torch.int8)
+"""Types of the kernel that streams 2:4."""
 MAX_INPUTS = 2**16 - 9
 """Columns are 16 bits where few tokens are multiplied, and the one after the last is a zero."""
 
@@ -19,9 +21,9 @@ def pack_rows(weight: Tensor) -> dict[str, Tensor]:
         ``values``: as the weight, ``[kept]``. ``columns``: int32 ``[kept]``. ``starts``: int32 ``[outputs + 1]``.
 
     Raises:
-        ValueError: The weight is empty, or no matrix of float32, float16 or bfloat16.
+        ValueError: The weight is empty, or no matrix of float32, float16, bfloat16 or int8.
     """
-    _check(weight, FLOATS)
+    _check(weight, TYPES)
     row, column = (weight != 0).nonzero(as_tuple=True)
     starts = functional.pad((weight != 0).sum(dim=1).cumsum(0), (1, 0))
     return {"values": weight[row, column], "columns": column.to(torch.int32), "starts": starts.to(torch.int32)}
@@ -35,10 +37,10 @@ def pack_token_rows(weight: Tensor) -> dict[str, Tensor]:
         filled slots. ``starts``: int32 ``[outputs + 1]``, multiples of 4.
 
     Raises:
-        ValueError: The weight is empty, no matrix of float32, float16 or bfloat16, or has more than `MAX_INPUTS`
+        ValueError: The weight is empty, no matrix of float32, float16, bfloat16 or int8, or has more than `MAX_INPUTS`
             columns.
     """
-    _check(weight, FLOATS)
+    _check(weight, TYPES)
     inputs = weight.shape[1]
     if inputs > MAX_INPUTS:
         raise ValueError(f"got {inputs} inputs; the kernel that streams rows takes at most {MAX_INPUTS}")
@@ -61,9 +63,10 @@ def pack_two_four(weight: Tensor) -> dict[str, Tensor]:
         ``[outputs, padded / 16]``, two bits for each of 8 values, the first in the lowest.
 
     Raises:
-        ValueError: The weight is empty, no matrix of float16 or bfloat16, or has more than two values in four columns.
+        ValueError: The weight is empty, no matrix of float16, bfloat16 or int8, or has more than two values in four
+            columns.
     """
-    _check(weight, HALF)
+    _check(weight, TWO_FOUR)
     fours = functional.pad(weight, (0, -weight.shape[1] % 16)).reshape(len(weight), -1, 4)
     if bool(((fours != 0).sum(dim=2) > 2).any()):
         raise ValueError("the weight has more than two values in four columns; prune it to 2:4 first")

@@ -28,8 +28,6 @@ ROWS = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32}
 """Weights need a multiple of so many rows and columns (`SparseSemiStructuredTensorCUSPARSELT` of PyTorch)."""
 TOKENS = {torch.float16: 8, torch.bfloat16: 8, torch.int8: 16}
 """PyTorch pads x to a multiple of so many rows, with a copy."""
-STRIDE = 8
-"""Our kernels for many tokens take a multiple of so many, side by side: x and y are turned around, and padded."""
 _MEMORY = 0.9  # of the bandwidth in the data sheet that copies reach
 _CACHE = 3.0  # the L2 cache gives so many times as much as the memory
 _REDUCE_US = 2.0  # a second kernel that sums the slices

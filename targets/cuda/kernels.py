@@ -9,7 +9,7 @@ from torch.nn import functional
 from sparsecomp.cuda.compiled import function_of, sources_of
 from sparsecomp.cuda.library import CudaKernel
 from sparsecomp.targets.base import DeviceKernel
-from sparsecomp.targets.cuda.cost import STRIDE, TOKENS
+from sparsecomp.targets.cuda.cost import TOKENS
 
 
 class SemiStructured(DeviceKernel):
@@ -71,17 +71,17 @@ class CompiledKernel(DeviceKernel):
             ValueError: the kernel takes fewer tokens.
         """
         kernel, tokens, (outputs, inputs) = self._kernel, x.shape[0], self._shape
-        launch = kernel.launch(outputs, inputs, tokens)
-        stride = tokens + -tokens % STRIDE
-        y = result = x.new_empty(tokens, outputs)
+        launch, stride = kernel.launch(outputs, inputs, tokens), kernel.stride(tokens)
+        given_type, sums = (torch.int32, torch.int32) if x.dtype == torch.int8 else (x.dtype, torch.float32)
+        y = result = x.new_empty(tokens, outputs, dtype=given_type)
         if not kernel.tokens:
             x, rows = x.new_empty(inputs, stride), x
             x.narrow(1, 0, tokens).copy_(rows.t())  # what is behind them may be anything
-            y = x.new_empty(outputs, stride)
+            y = x.new_empty(outputs, stride, dtype=given_type)
         given: dict[str, Tensor | int | None] = {
             **self._packed,
             "x": x,
-            "bias": None if bias is None else bias.float(),
+            "bias": None if bias is None else bias.to(sums),
             "y": y,
             "outputs": outputs,
             "inputs": inputs,

@@ -23,7 +23,7 @@ from sparsecomp.cuda.library import KERNELS, TILE, CudaKernel
 from sparsecomp.patterns import Detection, Pattern
 from sparsecomp.targets.base import Candidate, Problem, WeightFacts, label_of
 from sparsecomp.targets.cuda.cards import Card
-from sparsecomp.targets.cuda.cost import STRIDE, memory_us
+from sparsecomp.targets.cuda.cost import memory_us
 
 TWO_FOUR = Pattern.parse("2:4")
 SHARE = 0.5
@@ -31,6 +31,7 @@ SHARE = 0.5
 multiply-adds of the CUDA cores, that ours are taken to reach."""
 _WORK = {
     "panel_tensor": (8, 1.0),
+    "panel_int8": (8, 1.0),
     "panel_fma": (16, 1.5),
     "rows": (32, 3.0),
     "rows_token": (32, 5.0),
@@ -146,19 +147,21 @@ def predict_us(card: Card, candidate: Candidate, problem: Problem) -> float:
     wanted, instructions = _WORK[kernel.source]
     turns = math.ceil(math.prod(launch.grid) / card.sms)
     hidden = min(1.0, min(resident, turns) * launch.block[0] / 32 / wanted)
-    rate = card.rate(problem.dtype if kernel.source == "panel_tensor" else torch.float32, sparse=False)
+    tensor = kernel.source in ("panel_tensor", "panel_int8")
+    rate = card.rate(problem.dtype if tensor else torch.float32, sparse=False)
     library = card.library(problem.dtype, sparse=False)
     work, tile = _work(candidate, facts, size), kernel.tokens or TILE
     arithmetic = 2 * work.entries * tile * instructions / (1e6 * SHARE * rate / card.sms)
     arrival = (work.nbytes + work.rows * tile * size) / (1e3 * SHARE * library.stream)
     us = turns * max(arithmetic, arrival) / launch.grid[0] / hidden
-    us = max(us, memory_us(card, work.nbytes + size * tokens * (inputs + outputs * (1 + problem.residual))))
+    given = 4 if problem.dtype == torch.int8 else size  # bytes of an entry of y
+    us = max(us, memory_us(card, work.nbytes + tokens * (size * inputs + given * outputs * (1 + problem.residual))))
     if not kernel.tokens:  # x and y are turned around by kernels of PyTorch
-        stride = tokens + -tokens % STRIDE
+        stride = kernel.stride(tokens)
         us += (
             2 * library.base
             + memory_us(card, 2 * size * stride * inputs)
-            + memory_us(card, 2 * size * stride * outputs)
+            + memory_us(card, 2 * given * stride * outputs)
         )
     return library.base + us
 

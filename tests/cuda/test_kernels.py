@@ -10,12 +10,19 @@ from sparsecomp.cuda.rows import pack_ffn
 from sparsecomp.kernels.epilogue import ACTIVATIONS, activate_reference
 
 NAMED = {kernel.name: kernel for kernel in KERNELS}
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.int8: 0}
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 
 
+def values(shape, dtype, generator, scale=1.0):
+    """Random values of a type; of int8 all of them."""
+    if dtype == torch.int8:
+        return torch.randint(-128, 128, shape, generator=generator, dtype=dtype)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
 def sparse_weight(kernel, outputs, inputs, generator):
-    weight = torch.randn(outputs, inputs, generator=generator) / 4
+    weight = values((outputs, inputs), kernel.dtype, generator, 1 / 4)
     if kernel.family == "two_four":
         fours = torch.nn.functional.pad(weight, (0, -inputs % 4)).view(outputs, -1, 4)
         fours.scatter_(2, torch.rand(fours.shape, generator=generator).argsort(dim=2)[..., :2], 0)
@@ -23,7 +30,7 @@ def sparse_weight(kernel, outputs, inputs, generator):
     else:
         weight = weight * (torch.rand(outputs, inputs, generator=generator) < 0.3)
     weight[: kernel.rows] *= outputs != 70  # a panel or row may be empty
-    return weight.to(kernel.dtype)
+    return weight
 
 
 def reference(weight, x, bias, activation):
@@ -41,11 +48,14 @@ def test_products_agree_at_ragged_sizes_in_any_order_of_threads(kernel):
     for seed, (outputs, inputs, tokens) in enumerate(((70, 150, 67), (64, 64, 8), (5, 19, 1))):
         weight = sparse_weight(kernel, outputs, inputs, generator)
         tokens = min(tokens, kernel.tokens) if kernel.tokens else tokens
-        x = torch.randn(tokens, inputs, generator=generator).to(kernel.dtype)
+        x = values((tokens, inputs), kernel.dtype, generator)
         bias = torch.randn(outputs, generator=generator) if seed != 1 else None
-        y, failure = linear(kernel, weight, x, bias, seed, seed)
+        activation = seed
+        if kernel.dtype == torch.int8:
+            bias, activation = None if bias is None else (1000 * bias).int(), 0
+        y, failure = linear(kernel, weight, x, bias, activation, seed)
         assert failure == ""
-        assert_equal(y, reference(weight, x, bias, seed), kernel.dtype)
+        assert_equal(y, reference(weight, x, bias, activation), kernel.dtype)
 
 
 @pytest.mark.parametrize("activation", range(len(ACTIVATIONS)), ids=ACTIVATIONS)
@@ -65,12 +75,14 @@ def test_activations_follow_the_bias(activation):
         "panel_v16_f32",
         "rows_token_t1_f32",
         "two_four_t4_f16",
+        "panel_sparse_v32_int8",
+        "block_v16_int8",
     ],
 )
 def test_without_any_one_of_its_barriers_and_waits_a_kernel_fails(name):
     kernel, generator = NAMED[name], torch.Generator().manual_seed(1)
     weight = sparse_weight(kernel, 33, 300, generator)
-    x = torch.randn(kernel.tokens or 9, 300, generator=generator).to(kernel.dtype)
+    x = values((kernel.tokens or 9, 300), kernel.dtype, generator)
     assert linear(kernel, weight, x)[1] == ""
     sites = emulate(kernel).sites()
     assert len(sites) == (3 if kernel.tokens == 0 else 1)

@@ -22,7 +22,8 @@ def test_every_kernel_compiles_within_the_limits_and_without_spills(arch):
         cubin, ptx, log = compile_kernel(source, arch, defines)
         assert cubin[:4] == b"\x7fELF", name
         assert ("mma.sp" in ptx) == sparse, name
-        assert ("mma.sync" in ptx) == (source == "panel_tensor" and not sparse), name
+        assert ("mma.sync" in ptx) == (source in ("panel_tensor", "panel_int8") and not sparse), name
+        assert "dp4a" in ptx or not (name.startswith("two_four") and name.endswith("int8")), name
         assert ("cp.async" in ptx) == source.startswith("panel"), name
         for entry in entries:
             taken = resources(log, entry)

@@ -21,6 +21,26 @@ def test_metadata_lies_where_cutlass_puts_it(dtype):
     assert torch.equal(ours, words.transpose(0, 1))
 
 
+def test_metadata_of_int8_lies_where_cutlass_puts_it():
+    weight = torch.randint(1, 128, (32, 128), dtype=torch.int8)
+    weight.view(32, 32, 4).scatter_(2, torch.rand(32, 32, 4).argsort(dim=2)[..., :2], 0)
+    _, metadata = sparse_semi_structured_from_dense_cutlass(weight)
+    # Two columns of words lie side by side; ldmatrix hands word t of 8 times 16 bytes to lane 4 g + t.
+    words = metadata.contiguous().view(2, 2, 32)  # 64 columns of the weight, 16 rows, lanes
+    packed = pack_sparse_panels(weight, 32)
+    assert packed["columns"].tolist() == [list(range(64)), list(range(64, 128))]
+    assert torch.equal(packed["weights"][:, :, 128:], words)
+
+
+def test_int8_lies_four_to_a_word():
+    weight = torch.arange(16 * 32, dtype=torch.int32).reshape(16, 32).to(torch.int8)
+    weight[weight == 0] = 1
+    words = pack_panels(weight, 16)["weights"].view(torch.int8).reshape(32, 4, 4)
+    for lane, register in ((0, 0), (5, 1), (18, 2), (31, 3)):
+        row, column = lane // 4 + 8 * (register % 2), lane % 4 * 4 + 16 * (register // 2)
+        assert torch.equal(words[lane, register], weight[row, column : column + 4])
+
+
 def test_a_group_is_closed_before_a_row_has_three_values_in_it():
     weight = torch.zeros(16, 40, dtype=torch.float16)
     weight[0, [3, 7, 8]] = 1
@@ -42,7 +62,7 @@ def test_blocks_keep_the_first_column_of_their_runs():
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (torch.ones(4, 4), "float16 or bfloat16 matrix"),
+        (torch.ones(4, 4), "float16 or bfloat16 or int8 matrix"),
         (torch.ones(0, 4, dtype=torch.float16), "non-empty"),
         (torch.ones(4, dtype=torch.float16), "matrix"),
     ],

@@ -22,7 +22,7 @@ from sparsecomp.targets.cuda.kernels import CompiledKernel
 from sparsecomp.targets.cuda.target import SEMI
 
 pytestmark = pytest.mark.gpu
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.int32: 0.0}
 PATTERNS = {"two_four": "2:4", "panel_sparse": "64:2:4:8", "panel": "32:2:8", "block": "64x64@0.5"}
 SIZES = ((520, 1000, 131), (64, 64, 8), (5, 19, 1))
 
@@ -40,7 +40,8 @@ def pruned(family: str, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor
     """A weight that a family takes; sizes need not fit the pattern."""
     layer = nn.Linear(-(-inputs // 64) * 64, -(-outputs // 64) * 64, bias=False)
     sparsecomp.sparsify_(layer, PATTERNS.get(family, "unstructured@0.8"))
-    return layer.weight.detach()[:outputs, :inputs].to(dtype).contiguous()
+    weight = layer.weight.detach()[:outputs, :inputs]
+    return (weight * (127 / weight.abs().max()) if dtype == torch.int8 else weight).to(dtype).contiguous()
 
 
 def assert_close(given: Tensor, expected: Tensor) -> None:
@@ -55,7 +56,10 @@ def test_every_kernel_agrees_at_ragged_sizes(kernel: CudaKernel) -> None:
         weight = pruned(kernel.family, outputs, inputs, kernel.dtype)
         packed = CompiledKernel(kernel, weight.cuda(), arch)
         x, bias = torch.randn(min(tokens, kernel.tokens or tokens), inputs), torch.randn(outputs)
-        x, bias = x.to(kernel.dtype), bias.to(kernel.dtype)
+        if kernel.dtype == torch.int8:
+            x, bias = (20 * x).to(torch.int8), (1000 * bias).to(torch.int32)
+        else:
+            x, bias = x.to(kernel.dtype), bias.to(kernel.dtype)
         expected = functional.linear(x.double(), weight.double(), bias.double())
         assert_close(packed.product(x.cuda(), bias.cuda()), expected)
 

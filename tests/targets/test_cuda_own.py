@@ -33,7 +33,12 @@ PATTERNS = ("2:4", "32:2:8", "32:2:4:16", "16x16@0.8", "64x64@0.9", "unstructure
 def sparse(pattern: str, outputs: int, inputs: int, dtype: torch.dtype = HALF) -> Tensor:
     layer = nn.Linear(inputs, outputs, bias=False)
     sparsecomp.sparsify_(layer, pattern)
-    return layer.weight.detach().to(dtype)
+    weight = layer.weight.detach()
+    return (weight * (127 / weight.abs().max())).to(dtype) if dtype == torch.int8 else weight.to(dtype)
+
+
+def values(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=dtype) if dtype == torch.int8 else torch.randn(*shape).to(dtype)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +116,6 @@ def test_where_no_kernel_is_there_is_no_price() -> None:
     few = Candidate("two_four", "2:4", (("tokens", 4),))
     assert price("cuda:h100", few, 4) < math.inf
     assert price("cuda:h100", few, 5) == math.inf
-    assert price("cuda:h100", few, dtype=torch.int8) == math.inf
     newer = CudaTarget(replace(card("h100"), arch="sm_120"))  # nothing is compiled for it
     assert newer.predict(few, Problem(facts, 1, 1, dtype=HALF)) == math.inf
     assert price("cuda:h100", Candidate("other", "2:4")) == math.inf
@@ -139,16 +143,17 @@ def test_a_card_is_offered_our_kernels_by_their_prices() -> None:
     assert worse.chosen.is_dense
 
 
+@pytest.mark.parametrize("dtype", [HALF, torch.int8])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_packed_bytes_are_those_of_the_packed_weight(pattern: str) -> None:
-    weight = sparse(pattern, 128, 512)
+def test_packed_bytes_are_those_of_the_packed_weight(pattern: str, dtype: torch.dtype) -> None:
+    weight = sparse(pattern, 128, 512, dtype)
     facts, seen = WeightFacts.of(weight), set()
     for candidate in own.offers(facts):
-        kernel = own.kernel_of(candidate, HALF)
+        kernel = own.kernel_of(candidate, dtype)
         assert kernel is not None
         nbytes = sum(value.numel() * value.element_size() for value in kernel.pack(weight).values())
         # Steps of the panels are filled up.
-        assert own.packed_bytes(candidate, facts, 2) == pytest.approx(nbytes, rel=0.25)
+        assert own.packed_bytes(candidate, facts, dtype.itemsize) == pytest.approx(nbytes, rel=0.25)
         seen.add(candidate.kernel)
     assert {"panel", "rows", "rows_token"} <= seen
 
@@ -157,20 +162,22 @@ def test_packed_bytes_are_those_of_the_packed_weight(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", ["2:4", "32:2:8", "32:2:4:16", "16x16@0.5", "unstructured@0.9"])
 def test_products_of_every_candidate_agree_under_the_emulator(pattern: str, dtype: torch.dtype) -> None:
     weight, target = sparse(pattern, 48, 64, dtype), CardOnCpu()
-    tolerance = {torch.float32: 1e-5, HALF: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    tolerance = {torch.float32: 1e-5, HALF: 2e-3, torch.bfloat16: 1.6e-2, torch.int8: 0}[dtype]
+    results = torch.int32 if dtype == torch.int8 else dtype
     with kernels_on_cpu():
         for candidate in own.offers(WeightFacts.of(weight)):
             kernel = own.kernel_of(candidate, dtype)
             if kernel is None:
                 continue
-            x, bias = torch.randn(kernel.tokens or 11, 64).to(dtype), torch.randn(48).to(dtype)
+            x, bias = values(kernel.tokens or 11, 64, dtype=dtype), values(48, dtype=dtype).to(results)
             packed = target.prepare(candidate, weight)
             assert kernel.entry in packed.source
             for given in (bias, None):
                 y = packed.product(x, given)
                 assert y.is_contiguous()
-                assert y.dtype == dtype
-                torch.testing.assert_close(y, functional.linear(x, weight, given), rtol=tolerance, atol=tolerance)
+                assert y.dtype == results
+                expected = functional.linear(x.to(results), weight.to(results), given)
+                torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +212,33 @@ def test_a_compiled_model_takes_our_kernels(pattern: str, candidate: Candidate, 
         given = compiled(x)
         assert backend.compilations()[-1].rewritten == ["0", "2"]
         torch.testing.assert_close(given, model(x), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "candidate"),
+    [
+        ("32:2:8", Candidate("panel", "32:2:8", (("v", 32),))),
+        ("2:4", Candidate("panel_sparse", "2:4", (("v", 16),))),
+    ],
+    ids=str,
+)
+def test_int8_products_of_a_compiled_model_are_exact(pattern: str, candidate: Candidate) -> None:
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(sparse(pattern, 96, 128, torch.int8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch._int_mm(x, self.weight.t()).float() * 0.5
+
+    model, x, target = Quantised(), values(37, 128, dtype=torch.int8), CardOnCpu()
+    plan = sparsecomp.Plan(target.name, threads=1)
+    plan.add(replace(choice, chosen=candidate) for choice in sparsecomp.explain(model, x, options={"target": target}))
+    with torch.no_grad(), kernels_on_cpu():
+        compiled = torch.compile(model, backend="sparse", options={"target": target, "plan": plan, "verify": True})
+        given = compiled(x)
+        assert backend.compilations()[-1].rewritten
+        assert torch.equal(given, model(x))
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("panel_v16_f16", 13), ("rows_token_t4_f16", 3)])
@@ -245,5 +279,5 @@ def test_weights_that_no_kernel_takes_are_refused() -> None:
     target, weight = CardOnCpu(), torch.ones(64, 64, dtype=HALF)
     with pytest.raises(ValueError, match="more than two values in four columns"):
         target.prepare(Candidate("two_four", "2:4", (("tokens", 1),)), weight)
-    with pytest.raises(ValueError, match=r"has no kernel rows\[unstructured\] for torch.int8"):
-        target.prepare(Candidate("rows", "unstructured"), weight.to(torch.int8))
+    with pytest.raises(ValueError, match=r"has no kernel panel_sparse\[2:4\] for torch.float32"):
+        target.prepare(Candidate("panel_sparse", "2:4", (("v", 16),)), weight.float())

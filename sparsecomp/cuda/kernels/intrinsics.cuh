@@ -5,6 +5,8 @@
 
 #if defined(F32)
 typedef float value_t;
+#elif defined(INT8)
+typedef signed char value_t;
 #else  // F16 or BF16, as bits
 typedef unsigned short value_t;
 #endif
@@ -55,6 +57,23 @@ __device__ inline void copy_wait() {
     asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 }
 
+#if defined(INT8)
+// d[16, 8] += a[16, 32] b[32, 8], int32 sums.
+__device__ inline void mma(int d[4], const Words<4>& a, unsigned b0, unsigned b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+                 "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d[16, 8] += a[16, 64] b[64, 8], int32 sums: a as 2 of each 4 values with their places in e of all lanes (selector 0).
+__device__ inline void mma_sp(int d[4], const Words<4>& a, const unsigned b[4], unsigned e) {
+    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
+                 "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9,%10,%11},{%0,%1,%2,%3},%12,0x0;"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e));
+}
+#else
 // Four 8x8 matrices of 16-bit values: lane l points at row l % 8 of matrix l / 8, lane 4 g + t gets of each matrix
 // column g of the rows 2 t and 2 t + 1.
 __device__ inline void ldmatrix_trans(unsigned to[4], const value_t* row) {
@@ -80,10 +99,12 @@ __device__ inline void mma_sp(float d[4], const Words<4>& a, const unsigned b[4]
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(e));
 }
 
+#endif
+
 #if defined(F32)
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float from_float(float value) { return value; }
-#else
+#elif !defined(INT8)
 __device__ inline float to_float(value_t bits) {
 #if defined(BF16)
     return __uint_as_float((unsigned)bits << 16);

@@ -11,34 +11,33 @@ constexpr int OUTPUTS = 32;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 rows_token(Global<const value_t> values, Global<const unsigned short> columns, Global<const int> starts,
-           Global<const value_t> x, Global<const float> bias, Global<value_t> y, int outputs, int inputs, int tokens,
+           Global<const value_t> x, Global<const sum_t> bias, Global<result_t> y, int outputs, int inputs, int tokens,
            int activation) {
     DYNAMIC_SHARED(value_t, along);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, padded = inputs / 8 * 8 + 8;
     for (int n = 0; n < TOKENS; ++n)
-        for (int i = threadIdx.x; i < padded; i += 32 * WARPS)
-            along[n * padded + i] = n < tokens && i < inputs ? x[(long long)n * inputs + i] : from_float(0);
+        fill(along + n * padded, x + (long long)n * inputs, n < tokens ? inputs : 0, padded, 32 * WARPS);
     __syncthreads();
     for (int row = blockIdx.x * OUTPUTS + warp; row < min(outputs, (int)(blockIdx.x + 1) * OUTPUTS); row += WARPS) {
-        float sums[TOKENS] = {};
+        sum_t sums[TOKENS] = {};
         const int end = starts[row + 1];
 #pragma unroll 4
         for (int slot = starts[row] + 4 * lane; slot < end; slot += 128) {
-            float weight[4];
+            sum_t weight[4];
             load_four(values + slot, weight);
             const Words<2> places = load<2>(columns + slot);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int column = places[i / 2] >> 16 * (i % 2) & 0xffff;
 #pragma unroll
-                for (int n = 0; n < TOKENS; ++n) sums[n] += weight[i] * to_float(along[n * padded + column]);
+                for (int n = 0; n < TOKENS; ++n) sums[n] += weight[i] * to_sum(along[n * padded + column]);
             }
         }
-        const float shift = bias ? bias[row] : 0;
+        const sum_t shift = bias ? bias[row] : 0;
 #pragma unroll
         for (int n = 0; n < TOKENS; ++n) {
-            const float sum = warp_sum(sums[n]);
-            if (lane == 0 && n < tokens) y[(long long)n * outputs + row] = from_float(activate(sum + shift, activation));
+            const sum_t sum = warp_sum(sums[n]);
+            if (lane == 0 && n < tokens) y[(long long)n * outputs + row] = from_sum(activate(sum + shift, activation));
         }
     }
 }

@@ -11,19 +11,32 @@ constexpr int OUTPUTS = 32;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 two_four_token(Global<const value_t> values, Global<const unsigned short> places, Global<const value_t> x,
-               Global<const float> bias, Global<value_t> y, int outputs, int inputs, int tokens, int activation) {
+               Global<const sum_t> bias, Global<result_t> y, int outputs, int inputs, int tokens, int activation) {
     DYNAMIC_SHARED(value_t, along);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, units = (inputs + 15) / 16, padded = 16 * units;
     for (int n = 0; n < TOKENS; ++n)
-        for (int i = threadIdx.x; i < padded; i += 32 * WARPS)
-            along[n * padded + i] = n < tokens && i < inputs ? x[(long long)n * inputs + i] : from_float(0);
+        fill(along + n * padded, x + (long long)n * inputs, n < tokens ? inputs : 0, padded, 32 * WARPS);
     __syncthreads();
     for (int row = blockIdx.x * OUTPUTS + warp; row < min(outputs, (int)(blockIdx.x + 1) * OUTPUTS); row += WARPS) {
-        float sums[TOKENS] = {};
+        sum_t sums[TOKENS] = {};
 #pragma unroll 2
         for (int unit = lane; unit < units; unit += 32) {
-            const Words<4> kept = load<4>(values + ((long long)row * units + unit) * 8);
+            const Words<2 * sizeof(value_t)> kept = load<2 * sizeof(value_t)>(values + ((long long)row * units + unit) * 8);
             const unsigned bits = places[(long long)row * units + unit];
+#if defined(INT8)
+#pragma unroll
+            for (int n = 0; n < TOKENS; ++n) {
+                const Words<4> fours = load<4>(along + (n * padded + unit * 16));
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const unsigned one = bits >> 8 * half, other = bits >> (8 * half + 4);
+                    const unsigned chosen = __byte_perm(fours[2 * half], fours[2 * half + 1],
+                                                        (one & 3) | (one & 12) << 2 | (other & 3) << 8 |
+                                                            (other & 12) << 10 | 0x4400);
+                    sums[n] = __dp4a((int)kept[half], (int)chosen, sums[n]);
+                }
+            }
+#else
 #pragma unroll
             for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
@@ -39,12 +52,13 @@ two_four_token(Global<const value_t> values, Global<const unsigned short> places
                         sums[n] += low(weight) * low(pair) + high(weight) * high(pair);
                     }
                 }
+#endif
         }
-        const float shift = bias ? bias[row] : 0;
+        const sum_t shift = bias ? bias[row] : 0;
 #pragma unroll
         for (int n = 0; n < TOKENS; ++n) {
-            const float sum = warp_sum(sums[n]);
-            if (lane == 0 && n < tokens) y[(long long)n * outputs + row] = from_float(activate(sum + shift, activation));
+            const sum_t sum = warp_sum(sums[n]);
+            if (lane == 0 && n < tokens) y[(long long)n * outputs + row] = from_sum(activate(sum + shift, activation));
         }
     }
 }

@@ -1,5 +1,6 @@
 // Emulation of sparsecomp/cuda/kernels/intrinsics.cuh, and of the parts of CUDA that its kernels use. What the tensor
-// cores compute follows the PTX ISA (sections on mma.m16n8k16, ldmatrix, mma.sp.m16n8k32 and sparse matrix storage).
+// cores compute follows the PTX ISA (sections on mma.m16n8k16, ldmatrix, mma.sp.m16n8k32 and sparse matrix storage; for
+// int8 on mma.m16n8k32 and mma.sp.m16n8k64).
 // The places of the metadata in the threads, which the ISA gives as figures, are those of two programs that run on
 // cards: CUTLASS (tools/util/include/cutlass/util/host_reorder.h, `reorder_meta`, whose words ldmatrix hands to the
 // lanes; host_uncompress.h for the bits) and LLVM (mlir/test/Integration/Dialect/SparseTensor/GPU/CUDA/
@@ -9,13 +10,15 @@
 
 #if defined(F32)
 typedef float value_t;
+#elif defined(INT8)
+typedef signed char value_t;
 #else
 typedef unsigned short value_t;
 #endif
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define threadIdx emu::thread_index
 #define blockIdx emu::block_index
 #define __syncthreads() emu::sync_block(__FILE__, __LINE__)
@@ -68,9 +71,16 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     return result;
 }
 
+// The products of four bytes of each, added.
+inline int __dp4a(int a, int b, int sum) {
+    for (int i = 0; i < 4; ++i) sum += (signed char)(a >> 8 * i & 0xff) * (signed char)(b >> 8 * i & 0xff);
+    return sum;
+}
+
 #if defined(F32)
 inline float to_float(float value) { return value; }
 inline float from_float(float value) { return value; }
+#elif defined(INT8)  // has no floats
 #elif defined(BF16)
 inline float to_float(value_t bits) { return __uint_as_float((unsigned)bits << 16); }
 inline value_t from_float(float value) {  // to the nearest, ties to even
@@ -122,6 +132,7 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
 }
 
 #if !defined(F32)
+#if !defined(INT8)
 // Four 8x8 matrices: the address of row r of matrix q comes from lane 8 q + r; transposed, lane l gets of each matrix the
 // elements (2 (l % 4), l / 4) and (2 (l % 4) + 1, l / 4).
 inline void ldmatrix_trans(unsigned to[4], Shared<const value_t> row) {
@@ -137,64 +148,90 @@ inline void ldmatrix_trans(unsigned to[4], Shared<const value_t> row) {
     });
     memcpy(to, &got, 16);
 }
+#endif
 
+#if defined(INT8)
+typedef int sums_t;
+#else
+typedef float sums_t;
+#endif
+constexpr int PACKED = 4 / sizeof(value_t);  // values of a word
+constexpr int HALF_DEPTH = 8 * PACKED;       // columns of a that are stored for a product: all of mma, half of mma.sp
 struct Operands {
-    float d[4];
+    sums_t d[4];
     unsigned a[4], b[4], e;
 };
 struct Sums {
-    float d[4];
+    sums_t d[4];
 };
-inline float half_of(unsigned word, int i) { return to_float((value_t)(word >> 16 * i)); }
+inline sums_t value_of(unsigned word, int i) {
+#if defined(INT8)
+    return (value_t)(word >> 8 * i & 0xff);
+#else
+    return to_float((value_t)(word >> 16 * i));
+#endif
+}
 
-// Register i of lane 4 g + t holds of a [16, 16] matrix a: row g + 8 (i % 2), columns 2 t + 8 (i / 2) and the next.
-// Of b [K, 8]: rows 2 t + 8 i and the next, column g. Of d [16, 8]: row g + 8 (i / 2), column 2 t + i % 2.
-inline void products(const Operands* const* in, Sums* const* out, int depth, const float a[16][32]) {
-    float b[32][8];
+// With n values in a word (2, of int8 4), register i of lane 4 g + t holds of a [16, 8 n] matrix a: row g + 8 (i % 2),
+// columns n t + 4 n (i / 2) and the next. Of b [K, 8]: rows n t + 4 n i and the next, column g. Of d [16, 8]: row
+// g + 8 (i / 2), column 2 t + i % 2.
+inline void products(const Operands* const* in, Sums* const* out, int depth, const sums_t a[16][2 * HALF_DEPTH]) {
+    sums_t b[2 * HALF_DEPTH][8];
     for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < depth / 8; ++i)
-            for (int half = 0; half < 2; ++half) b[lane % 4 * 2 + 8 * i + half][lane / 4] = half_of(in[lane]->b[i], half);
+        for (int i = 0; i < depth / (4 * PACKED); ++i)
+            for (int v = 0; v < PACKED; ++v) b[PACKED * (lane % 4 + 4 * i) + v][lane / 4] = value_of(in[lane]->b[i], v);
     for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < 4; ++i) {
-            float sum = 0;
+            sums_t sum = 0;
             for (int k = 0; k < depth; ++k) sum += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
             out[lane]->d[i] = in[lane]->d[i] + sum;
         }
 }
 
-inline void compressed(const Operands* const* in, float a[16][16]) {
+inline void compressed(const Operands* const* in, sums_t a[16][HALF_DEPTH]) {
     for (int lane = 0; lane < 32; ++lane)
         for (int i = 0; i < 4; ++i)
-            for (int half = 0; half < 2; ++half) a[lane / 4 + i % 2 * 8][lane % 4 * 2 + i / 2 * 8 + half] = half_of(in[lane]->a[i], half);
+            for (int v = 0; v < PACKED; ++v)
+                a[lane / 4 + i % 2 * 8][PACKED * (lane % 4 + 4 * (i / 2)) + v] = value_of(in[lane]->a[i], v);
 }
 
-inline void mma(float d[4], const Words<4>& a, unsigned b0, unsigned b1) {
+inline void mma(sums_t d[4], const Words<4>& a, unsigned b0, unsigned b1) {
     const Operands mine{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1, 0, 0}, 0};
     const Sums sums = together<Sums, Operands>("mma", mine, [](const Operands* const* in, Sums* const* out) {
-        float given[16][16], full[16][32] = {};
+        sums_t given[16][HALF_DEPTH], full[16][2 * HALF_DEPTH] = {};
         compressed(in, given);
         for (int r = 0; r < 16; ++r) memcpy(full[r], given[r], sizeof given[r]);
-        products(in, out, 16, full);
+        products(in, out, HALF_DEPTH, full);
     });
     memcpy(d, sums.d, 16);
 }
 
-inline void mma_sp(float d[4], const Words<4>& a, const unsigned b[4], unsigned e) {
+// The places of the 8 groups of four (16 bits: 4) that a lane tells of row r: part 0 is the first half of the columns.
+inline unsigned places_of(const Operands* const* in, int r, int part) {
+#if defined(INT8)  // lane 4 g + t: row g + 8 (t % 2), the first half where t < 2
+    return in[r % 8 * 4 + r / 8 + 2 * part]->e;
+#else  // lane 4 g + part: row g in the low half, row g + 8 in the high one
+    return in[r % 8 * 4 + part]->e >> 16 * (r / 8) & 0xffff;
+#endif
+}
+
+inline void mma_sp(sums_t d[4], const Words<4>& a, const unsigned b[4], unsigned e) {
     const Operands mine{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, e};
     const Sums sums = together<Sums, Operands>("mma.sp", mine, [](const Operands* const* in, Sums* const* out) {
-        float given[16][16], full[16][32] = {};
+        sums_t given[16][HALF_DEPTH], full[16][2 * HALF_DEPTH] = {};
         compressed(in, given);
         for (int r = 0; r < 16; ++r)
-            for (int part = 0; part < 2; ++part) {  // lane 4 g tells of columns 0 to 15, lane 4 g + 1 of the others
-                const unsigned metadata = in[r % 8 * 4 + part]->e >> 16 * (r / 8) & 0xffff;
-                for (int group = 0; group < 4; ++group) {
+            for (int part = 0; part < 2; ++part) {
+                const unsigned metadata = places_of(in, r, part);
+                for (int group = 0; group < HALF_DEPTH / 4; ++group) {
                     const int one = metadata >> 4 * group & 3, other = metadata >> (4 * group + 2) & 3;
                     if (one >= other) emu::fail("metadata: places %d and %d of four are not in order", one, other);
-                    full[r][part * 16 + group * 4 + one] = given[r][part * 8 + group * 2];
-                    full[r][part * 16 + group * 4 + other] = given[r][part * 8 + group * 2 + 1];
+                    const int from = part * HALF_DEPTH / 2 + group * 2, to = part * HALF_DEPTH + group * 4;
+                    full[r][to + one] = given[r][from];
+                    full[r][to + other] = given[r][from + 1];
                 }
             }
-        products(in, out, 32, full);
+        products(in, out, 2 * HALF_DEPTH, full);
     });
     memcpy(d, sums.d, 16);
 }
