@@ -142,11 +142,18 @@ class PlannedSite:
         site: as the passes left it.
         choice: the decision for the shapes that were seen.
         chooser: makes the decision for other shapes; None where the site cannot be rewritten.
+        dry: whether nothing is going to run, and the weight is not looked at; there is no chooser then.
     """
 
     site: Site
     choice: SiteChoice
     chooser: SiteChooser | None = None
+    dry: bool = False
+
+    @property
+    def can_run(self) -> bool:
+        """Whether the site could be rewritten, as far as is known without its weight."""
+        return self.dry or self.chooser is not None
 
 
 @dataclass
@@ -325,7 +332,7 @@ def _plan_site(
         if reason is None and dry is not None:
             choice = dry.choice(site, SiteChooser(site, target, options))
             if choice is not None:
-                return PlannedSite(site, choice)
+                return PlannedSite(site, choice, dry=True)
         facts = facts_of(site.weight, site.transposed) if _countable(site.weight) else None
         if reason is not None or facts is None:
             return PlannedSite(site, decline(site, reason or "its weight cannot be read", facts))

@@ -32,6 +32,7 @@ from sparsecomp.options import Options
 from sparsecomp.planner import Plan, SiteChoice
 from sparsecomp.runtime.block_site import RuntimeBlock
 from sparsecomp.runtime.conv_site import RuntimeConv
+from sparsecomp.runtime.device_ffn import DeviceSkip
 from sparsecomp.runtime.device_site import DeviceSite
 from sparsecomp.runtime.ffn_site import RuntimeSkip
 from sparsecomp.runtime.site import RuntimeSite
@@ -40,7 +41,7 @@ from sparsecomp.targets.base import DENSE, ConvEpilogue, Target
 from sparsecomp.verify import difference
 
 Compiled = Callable[..., Any]
-Runtime = RuntimeSite | DeviceSite | RuntimeConv | RuntimeSkip | RuntimeBlock
+Runtime = RuntimeSite | DeviceSite | RuntimeConv | RuntimeSkip | DeviceSkip | RuntimeBlock
 Rewritten = tuple[Site | FfnSite, Runtime]
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.int8: 0.0}
@@ -258,7 +259,7 @@ class _Rewrite:
             return
         if self._debug.wants(GRAPHS):
             self._debug.write(GRAPHS, "fx_before.py", self._gm.print_readable(print_output=False))
-        skips = RuntimeSkip | RuntimeBlock
+        skips = RuntimeSkip | DeviceSkip | RuntimeBlock
         apply(self._gm, [Replacement(site, runtime.handle, isinstance(runtime, skips)) for site, runtime in sites])
         self.sites = sites
         if self._debug.wants(GRAPHS):

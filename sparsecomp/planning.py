@@ -36,7 +36,6 @@ from sparsecomp.skipping.forms import SkipPlan
 from sparsecomp.skipping.offers import Offer, can_skip, cost_of, offer_skips, parse_forms, skip_costs
 from sparsecomp.skipping.sites import FFN, find_ffns
 from sparsecomp.targets.base import Target
-from sparsecomp.targets.skip import FEW_TOKENS
 
 DEFAULT_PATTERNS = (
     "unstructured@0.5",
@@ -295,12 +294,16 @@ class _Job:
             with norms.moved():
                 return mean_loss(self._model, probes, outputs, self._quality)
 
-        skippers = [site for name, site in priced.sites.items() if forms and _can_skip(entries[name], priced)]
+        target = priced.pricer.target
+        offered = [form for form in forms if form.kind in target.skips]
+        skippers = [site for name, site in priced.sites.items() if offered and _can_skip(entries[name], priced)]
         if forms and not skippers:
             tokens = max(entry.tokens for site in entries.values() for entry in site)
+            kinds = f"of {' and '.join(target.skips)}" if target.skips else "of no form"
             raise ValueError(
-                f"skips are for linears at up to {FEW_TOKENS} tokens, on a target with kernels for them; "
-                f"the call that the latency is of has {tokens} tokens: give inputs=... of one token"
+                f"skips are for linears at up to {target.skip_tokens} tokens, on a target with kernels for them; "
+                f"{target.name} has kernels {kinds}, and the call that the latency is of has {tokens} tokens: give "
+                f"inputs=... of one token"
             )
         ffns = _blocks_of(self._model, entries) if skippers else []
         task = self._bar.add_task("estimating losses", total=len(priced.sites) + len(skippers) + len(ffns))
@@ -309,7 +312,7 @@ class _Job:
             self._used,
             skippers,
             ffns,
-            forms,
+            offered,
             entries=entries,
             cost=cost,
             loss=loss,

@@ -13,14 +13,15 @@ from torch import Tensor
 from sparsecomp.blocks import UNNAMED, FfnSite
 from sparsecomp.ir import LinearSite, SparseGraph
 from sparsecomp.options import Options
+from sparsecomp.patterns import Pattern
 from sparsecomp.planner.choose import MARGIN
 from sparsecomp.planner.plan import Prediction, SiteChoice
 from sparsecomp.runtime.facts import facts_of
 from sparsecomp.runtime.ffn_site import SkipForms
 from sparsecomp.runtime.skip_rates import rest_of, skip_rate_of
 from sparsecomp.skipping import SkipChoice, SkipForm, SkipPlan
-from sparsecomp.targets.base import Candidate, Target
-from sparsecomp.targets.skip import FEW_TOKENS, SkipSpec
+from sparsecomp.targets.base import Candidate, Target, WeightFacts
+from sparsecomp.targets.skip import SkipSpec
 
 if TYPE_CHECKING:
     from sparsecomp.analysis import PlannedSite
@@ -58,6 +59,7 @@ class PlannedSkip:
         form: printed, for people.
         linears: its linears as they were planned; they compute what is not skipped.
         forms: what the run time needs.
+        expected: share that it is taken to skip before any call was counted.
         block: for a block that is skipped as a whole, else None.
     """
 
@@ -65,6 +67,7 @@ class PlannedSkip:
     form: str
     linears: tuple[PlannedSite, ...]
     forms: SkipForms
+    expected: float = USUAL_ZEROS
     block: BlockSkip | None = None
 
 
@@ -132,7 +135,11 @@ class _Planner:
 
     def _try(self, linears: tuple[PlannedSite, ...], form: SkipForm, plan: Callable[[], PlannedSkip]) -> None:
         try:
+            if form.kind not in self._target.skips:
+                raise _Declined(f"target {self._target.name} skips {' and '.join(self._target.skips)} alone")
             skip = plan()
+            if not self._target.watches_skips:
+                self._check_price(skip)
         except _Declined as declined:
             for planned in linears:
                 reason = f"{planned.choice.reason}; does not skip {form}: {declined}"
@@ -148,10 +155,22 @@ class _Planner:
     def _check(self, linears: Sequence[PlannedSite], *, few: bool = True) -> None:
         for planned in linears:
             site = planned.site
-            if planned.chooser is None:
+            if not planned.can_run:
                 raise _Declined(f"{site.name} is {planned.choice.reason}")
-            if few and site.tokens > FEW_TOKENS and not site.dynamic:
-                raise _Declined(f"{site.tokens} tokens together keep nearly everything; up to {FEW_TOKENS} skip")
+            if few and site.tokens > (most := self._target.skip_tokens) and not site.dynamic:
+                raise _Declined(f"{site.tokens} tokens together keep nearly everything; up to {most} skip")
+
+    def _check_price(self, skip: PlannedSkip) -> None:
+        """Decline what is not predicted to win, where nothing looks at run time whether it does."""
+        us = sum(self._predicted(planned, skip) for planned in skip.linears)
+        without = sum(planned.choice.chosen_us or 0.0 for planned in skip.linears)
+        if us == float("inf"):
+            site = skip.linears[0].site
+            raise _Declined(
+                f"target {self._target.name} has no kernel for {site.tokens} tokens of {skip.linears[0].choice.dtype}"
+            )
+        if us * MARGIN > without:
+            raise _Declined(f"predicted {us:.1f} us against {without:.1f} us without")
 
     def _ffn(self, ffn: FfnSite, linears: tuple[PlannedSite, ...], choice: SkipChoice, number: int) -> PlannedSkip:
         kind = choice.form.kind
@@ -170,6 +189,7 @@ class _Planner:
             thresholds = thresholds.clamp(min=ffn.floor)
         spec = SkipSpec("units", _sizes(ffn), (thresholds,), ffn.activation, ffn.gated, ffn.fused)
         forms = SkipForms(spec, ffn.floor, exact=kind == "relu")
+        expected = _expected(choice)
         block = None
         if kind == "block":
             if ffn.residual is None:
@@ -178,7 +198,7 @@ class _Planner:
                 raise _Declined("the threshold of block is one number, the plan has several")
             self._first_block = self._first_block or ffn
             block = BlockSkip(choice.threshold, number, self._first_block, self._plan.warmup, self._plan.span)
-        return PlannedSkip(ffn, str(choice.form), linears, forms, block)
+        return PlannedSkip(ffn, str(choice.form), linears, forms, expected, block)
 
     def _ffn_inputs(
         self, ffn: FfnSite, linears: tuple[PlannedSite, ...], choices: Sequence[SkipChoice | None]
@@ -188,7 +208,8 @@ class _Planner:
         if ffn.fused:
             thresholds.insert(0, thresholds[0])
         spec = SkipSpec("inputs", _sizes(ffn), tuple(thresholds), ffn.activation, ffn.gated, ffn.fused)
-        return PlannedSkip(ffn, str(_form(choices)), linears, SkipForms(spec, ffn.floor))
+        given = [_expected(choice) for choice in choices if choice is not None]
+        return PlannedSkip(ffn, str(_form(choices)), linears, SkipForms(spec, ffn.floor), sum(given) / len(given))
 
     def _linear(self, site: LinearSite, planned: PlannedSite, choice: SkipChoice) -> PlannedSkip:
         if choice.form.kind not in ("input", "rsparse"):
@@ -206,36 +227,43 @@ class _Planner:
             "none" if low_rank is not None else site.activation,
         )
         after = "none" if low_rank is None else site.activation
-        return PlannedSkip(site, str(choice.form), (planned,), SkipForms(spec, low_rank=low_rank, after=after))
+        forms = SkipForms(spec, low_rank=low_rank, after=after)
+        return PlannedSkip(site, str(choice.form), (planned,), forms, _expected(choice))
 
     # -- what it costs ------------------------------------------------------------------------------------------------
 
-    def _relu_pays(self, ffn: FfnSite, linears: Sequence[PlannedSite]) -> bool:
+    def _relu_pays(self, ffn: FfnSite, linears: tuple[PlannedSite, ...]) -> bool:
         """Whether skipping exact zeros is predicted to win, at the rate that was seen or the usual one."""
-        if ffn.declined is not None or any(planned.chooser is None for planned in linears):
+        if ffn.declined is not None or not all(planned.can_run for planned in linears):
             return False
-        if ffn.gate.tokens > FEW_TOKENS:
+        if ffn.gate.tokens > self._target.skip_tokens or "relu" not in self._target.skips:
             return False
         costs = [planned.choice.chosen_us for planned in linears]
-        skipped = sum(self._predicted(planned, "units", ffn) for planned in linears)
+        skip = self._ffn(ffn, linears, SkipChoice(ffn.name, SkipForm("relu")), 0)
+        skipped = sum(self._predicted(planned, skip) for planned in linears)
         return all(cost is not None for cost in costs) and skipped * MARGIN <= sum(cost or 0.0 for cost in costs)
 
-    def _predicted(self, planned: PlannedSite, kind: str, ffn: FfnSite | None) -> float:
-        site = planned.site
+    def _predicted(self, planned: PlannedSite, skip: PlannedSkip) -> float:
+        site, block = planned.site, skip.site
         rate = skip_rate_of(site.weight)
         if rate is None:
-            rate = USUAL_ZEROS
-        if kind == "units" and ffn is not None and site is ffn.gate:
-            rate = 0.0 if not ffn.fused else rate / 2
-        facts = facts_of(site.weight, site.transposed)
-        return self._target.predict_skip(facts, 1.0 - rate, site.tokens, self._threads)
+            rate = skip.expected
+        by_input = True
+        if skip.forms.spec.kind == "units" and isinstance(block, FfnSite):
+            by_input = site is block.down
+            if site is block.gate:
+                rate = 0.0 if not block.fused else rate / 2
+        if planned.chooser is None:
+            facts = WeightFacts.assumed(site.out_features, site.in_features, Pattern("dense"))
+        else:
+            facts = facts_of(site.weight, site.transposed)
+        return self._target.predict_skip(facts, 1.0 - rate, site.tokens, self._threads, site.dtype, by_input)
 
     def _chosen(self, skip: PlannedSkip, planned: PlannedSite) -> SiteChoice:
         site, choice = planned.site, planned.choice
         ffn = skip.site if isinstance(skip.site, FfnSite) else None
-        kind = skip.forms.spec.kind
         candidate = Candidate(f"skip_{skip.form.partition(':')[0]}", "dense")
-        us = self._predicted(planned, kind, ffn)
+        us = self._predicted(planned, skip)
         rate = skip_rate_of(site.weight)
         seen = "not run yet" if rate is None else f"{rate:.0%} skipped so far"
         if (kept := rest_of(site.weight)) is not None:
@@ -244,6 +272,12 @@ class _Planner:
         reason = f"skips {skip.form}{where}, {seen}"
         prediction = Prediction(candidate, us, choice.dense_bytes)
         return replace(choice, chosen=candidate, reason=reason, predictions=(*choice.predictions, prediction))
+
+
+def _expected(choice: SkipChoice) -> float:
+    """The share that a choice is taken to skip: as calibrated, as its form says, or what a ReLU usually gives."""
+    asked = choice.form.parameter if choice.form.kind in ("threshold", "input", "rsparse") else None
+    return choice.expected or asked or USUAL_ZEROS
 
 
 def _one_op(ffn: FfnSite, choices: Sequence[SkipChoice | None]) -> bool:

@@ -14,26 +14,29 @@ from sparsecomp.blocks import FfnSite
 from sparsecomp.ir import LinearSite
 from sparsecomp.log import log
 from sparsecomp.runtime.block_site import RuntimeBlock, state_of
+from sparsecomp.runtime.device_ffn import DeviceSkip
+from sparsecomp.runtime.device_site import DeviceSite
 from sparsecomp.runtime.ffn_site import RuntimeSkip
 from sparsecomp.runtime.site import RuntimeSite
 from sparsecomp.runtime.weight_site import ACTIVATIONS
 from sparsecomp.targets.base import Target
-from sparsecomp.targets.skip import FEW_TOKENS
 
 if TYPE_CHECKING:
     from sparsecomp.skip_planning import PlannedSkip
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """`verify`: the largest difference from the definition, relative to its largest value."""
 
 
-def runtime_skip(skip: PlannedSkip, target: Target, verify: bool) -> tuple[RuntimeSkip | RuntimeBlock | None, str]:
+def runtime_skip(
+    skip: PlannedSkip, target: Target, verify: bool
+) -> tuple[RuntimeSkip | DeviceSkip | RuntimeBlock | None, str]:
     """Make ready what skips; None and the reason if that fails or if `verify` finds a difference."""
     try:
         with _disable_current_modes(), torch.no_grad():
             # Packs and builds now, where a failure can still be answered with dense.
             runtime = _prepared(skip, target)
-            found = _difference(skip, runtime) if verify else 0.0
+            found = _difference(skip, runtime, target) if verify else 0.0
     except Exception as error:  # noqa: BLE001 -- logged with its traceback
         log.warning("%s does not skip: preparing it failed", skip.site.name, exc_info=True)
         return None, f"preparing {skip.form} failed with {type(error).__name__}: {error}"
@@ -42,7 +45,7 @@ def runtime_skip(skip: PlannedSkip, target: Target, verify: bool) -> tuple[Runti
         reason = f"verify: {skip.form} differs from its definition by {found:.2g} of the largest value"
         log.error("%s does not skip: %s; please report this", skip.site.name, reason)
         return None, reason
-    if skip.block is None:
+    if skip.block is None or isinstance(runtime, DeviceSkip):
         return runtime, ""
     block = skip.block
     state = state_of(block.first.down.weight)
@@ -50,7 +53,8 @@ def runtime_skip(skip: PlannedSkip, target: Target, verify: bool) -> tuple[Runti
     return RuntimeBlock(runtime, state, block.number, first, block.threshold, block.warmup, block.span), ""
 
 
-def _prepared(skip: PlannedSkip, target: Target) -> RuntimeSkip:
+def _prepared(skip: PlannedSkip, target: Target) -> RuntimeSkip | DeviceSkip:
+    of_linear, of_skip = (RuntimeSite, RuntimeSkip) if target.fuses else (DeviceSite, DeviceSkip)
     linears = []
     for planned in skip.linears:
         site, chooser = planned.site, planned.chooser
@@ -58,8 +62,8 @@ def _prepared(skip: PlannedSkip, target: Target) -> RuntimeSkip:
         assert chooser is not None
         # The op of a block applies the activation itself; a linear has its own.
         activation = "none" if isinstance(skip.site, FfnSite) else site.activation
-        linears.append(RuntimeSite(site.name, site.weight, site.transposed, target, chooser, activation))
-    runtime = RuntimeSkip(skip.site.name, linears, skip.forms, target)
+        linears.append(of_linear(site.name, site.weight, site.transposed, target, chooser, activation))
+    runtime = of_skip(skip.site.name, linears, skip.forms, target)
     runtime.prepare(_tokens(skip), skip.site.residual is not None)
     return runtime
 
@@ -69,15 +73,15 @@ def _tokens(skip: PlannedSkip) -> int:
     return skip.linears[0].site.tokens
 
 
-def _difference(skip: PlannedSkip, runtime: RuntimeSkip) -> float:
+def _difference(skip: PlannedSkip, runtime: RuntimeSkip | DeviceSkip, target: Target) -> float:
     """Of a call with random input at few tokens from the same in plain PyTorch."""
     generator = torch.Generator().manual_seed(0)
     inputs, outputs = skip.forms.spec.sizes[0], skip.forms.spec.sizes[-1]
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(skip.linears[0].site.dtype)
+        return torch.randn(*shape, generator=generator).to(skip.linears[0].site.weight)
 
-    x = random(min(_tokens(skip), FEW_TOKENS), inputs)
+    x = random(min(_tokens(skip), target.skip_tokens), inputs)
     biases = [random(planned.site.out_features) if _has_bias(planned.site) else None for planned in skip.linears]
     residual = random(x.shape[0], outputs) if skip.site.residual is not None else None
     up = biases[1] if len(biases) == 3 else None
@@ -126,7 +130,7 @@ def _wide(value: Tensor | None) -> Tensor | None:
 
 
 def _stays(value: Tensor, thresholds: Tensor) -> Tensor:
-    return torch.where(value.abs() > thresholds, value, 0.0)
+    return torch.where(value.abs() > thresholds.to(value.device), value, 0.0)
 
 
 def _has_bias(site: object) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsecomp.patterns import Detection, Pattern, detect, kept_columns
-from sparsecomp.targets.skip import SkipKernel, SkipRows, SkipSpec
+from sparsecomp.targets.skip import FEW_TOKENS, DeviceSkipKernel, SkipKernel, SkipRows, SkipSpec
 from sparsecomp.window import Maps, Window
 
 PANEL_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -245,7 +245,9 @@ class Target(ABC):
     Attributes:
         name: as `get_target` takes it.
         description: one line for people.
-        skips: whether it has kernels that skip at run time.
+        skips: kinds of the forms that it has kernels for, as `SkipForm` names them; empty where nothing skips.
+        skip_tokens: most tokens of a call that skips more than exact zeros.
+        watches_skips: whether sites that skip look at run time whether that pays; elsewhere the predictions decide.
         device: type of the devices that its kernels run on, as PyTorch names it.
         dtypes: element types of x, weight and output that it prices; any other stays dense.
         fuses: whether its kernels apply activations and residuals; if not, these are left to Inductor.
@@ -253,7 +255,9 @@ class Target(ABC):
 
     name: str
     description: str
-    skips = False
+    skips: tuple[str, ...] = ()
+    skip_tokens = FEW_TOKENS
+    watches_skips = True
     device = "cpu"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     fuses = True
@@ -309,11 +313,28 @@ class Target(ABC):
         """
         return None
 
-    def predict_skip(self, facts: WeightFacts, kept: float, tokens: int, threads: int) -> float:
-        """Predicted microseconds of one call of a linear of which a share of the units or inputs is read."""
+    def predict_skip(
+        self,
+        facts: WeightFacts,
+        kept: float,
+        tokens: int,
+        threads: int,
+        dtype: torch.dtype = torch.float32,
+        by_input: bool = True,
+    ) -> float:
+        """Predicted microseconds of one call of a linear of which a share of the units or inputs is read.
+
+        Args:
+            facts: of its weight.
+            kept: the share.
+            tokens: of the call.
+            threads: that it may use.
+            dtype: of x, weight and output.
+            by_input: whether the share is of its inputs; else it is of its outputs, as of the gate and up of an FFN.
+        """
         return float("inf")
 
-    def prepare_skip(self, spec: SkipSpec, rows: Sequence[SkipRows]) -> SkipKernel:
+    def prepare_skip(self, spec: SkipSpec, rows: Sequence[SkipRows]) -> SkipKernel | DeviceSkipKernel:
         """Make an operation that skips, from what `skip_rows` gave.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +53,7 @@ class SkipRows(ABC):
 
 
 class SkipKernel(ABC):
-    """An operation that skips, ready to run.
+    """An operation that skips on the CPU, ready to run.
 
     Attributes:
         counters: int64 `[n, 2]`, what stayed and what was looked at, summed over tokens and calls: of the units, or of
@@ -75,4 +75,27 @@ class SkipKernel(ABC):
             biases: of gate, up and down, or of the linear and twice None.
             residual: `[tokens, O]` or None.
             out: `[tokens, O]`, written.
+        """
+
+
+class DeviceSkipKernel(ABC):
+    """An FFN that skips hidden units on an accelerator, ready to run.
+
+    Attributes:
+        nbytes: bytes of what it holds beside its `SkipRows`.
+        counted: gives how many units stayed in the last call, and how many there are; twice 0 before the first. It
+            waits for the device, and keeps no weight alive.
+    """
+
+    nbytes: int
+    counted: Callable[[], Sequence[int]]
+
+    @abstractmethod
+    def run(self, x: Tensor, biases: Sequence[Tensor | None]) -> Tensor:
+        """Compute `[tokens, O]` in x's type.
+
+        Args:
+            x: `[tokens, I]`, contiguous, on the device and in the type of the weights; at most as many tokens as the
+                target's `skip_tokens`.
+            biases: of gate, up and down, in x's type.
         """

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from cuda_emulation import emulate
+from cuda_emulation import Emulated, emulate, emulated
 from torch import Tensor
 
-from sparsecomp.cuda.library import CudaKernel, Launch
-from sparsecomp.targets.cuda import kernels
+from sparsecomp.cuda.library import CudaFfn, CudaKernel, Launch
+from sparsecomp.targets.cuda import ffn, kernels
 from sparsecomp.targets.cuda.cards import card
 from sparsecomp.targets.cuda.target import CudaTarget
 
@@ -83,17 +83,27 @@ def cusparselt_on_cpu() -> Iterator[None]:
 class EmulatedFunction:
     """A kernel under the emulator, called as `sparsecomp.cuda.driver.Function` is."""
 
-    def __init__(self, kernel: CudaKernel, arch: str) -> None:
-        assert arch == "sm_90"
-        self._kernel = emulate(kernel)
+    def __init__(self, kernel: Emulated) -> None:
+        self._kernel = kernel
 
     def __call__(self, launch: Launch, arguments: Sequence[Tensor | int | None], device: torch.device) -> None:
         assert device.type == "cpu"
         assert self._kernel.run(launch, arguments) == ""
 
 
+def _function(kernel: CudaKernel, arch: str) -> EmulatedFunction:
+    assert arch == "sm_90"
+    return EmulatedFunction(emulate(kernel))
+
+
+def _functions(kernel: CudaFfn, arch: str) -> tuple[EmulatedFunction, ...]:
+    assert arch == "sm_90"
+    entries = (kernel.hidden_entry, kernel.down_entry)
+    return tuple(EmulatedFunction(emulated(kernel.source, entry, kernel.defines)) for entry in entries)
+
+
 @contextmanager
 def kernels_on_cpu() -> Iterator[None]:
     """Let our kernels run on CPU tensors, under the emulator."""
-    with mock.patch.object(kernels, "function_of", EmulatedFunction):
+    with mock.patch.object(kernels, "function_of", _function), mock.patch.object(ffn, "functions_of", _functions):
         yield

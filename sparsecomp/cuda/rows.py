@@ -85,7 +85,7 @@ def pack_ffn(gate: Tensor, up: Tensor | None, down: Tensor) -> dict[str, Tensor]
 
     Returns:
         ``gate``, ``up`` (if any): ``[hidden, stride]`` with inputs padded to a multiple of 128. ``down``:
-        ``[hidden, outputs]``.
+        ``[hidden, outputs]``. What lies like that already is not copied.
 
     Raises:
         ValueError: The weights do not fit each other, or are no matrices of float32, float16 or bfloat16.
@@ -100,11 +100,16 @@ def pack_ffn(gate: Tensor, up: Tensor | None, down: Tensor) -> dict[str, Tensor]
         or not len(down)
     ):
         raise ValueError(f"the weights of an FFN must fit each other and be of one type; got shapes {given}")
-    padding = (0, -gate.shape[1] % 128)
-    packed = {"gate": functional.pad(gate, padding).contiguous(), "down": down.t().contiguous()}
+    packed = {"gate": _padded(gate), "down": down.t().contiguous()}
     if up is not None:
-        packed["up"] = functional.pad(up, padding).contiguous()
+        packed["up"] = _padded(up)
     return packed
+
+
+def _padded(weight: Tensor) -> Tensor:
+    """With the columns that bring it to a multiple of 128; a weight that is one is used as it is."""
+    missing = -weight.shape[1] % 128
+    return functional.pad(weight, (0, missing)) if missing else weight.contiguous()
 
 
 def _check(weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -77,7 +77,7 @@ class RuntimeBlock:
         """See `RuntimeSkip.refresh`."""
         self._ffn.refresh(*weights)
         for weight in weights:
-            count_skips(weight, self.handle, self._counters)
+            count_skips(weight, self.handle, self._counters.tolist)
 
     def prepare(self, tokens: int, residual: bool) -> None:
         """See `RuntimeSkip.prepare`."""

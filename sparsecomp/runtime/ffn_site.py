@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsecomp.log import log
 from sparsecomp.runtime.failures import record_failure
-from sparsecomp.runtime.site import RuntimeSite
+from sparsecomp.runtime.site import LinearRuntime
 from sparsecomp.runtime.skip_pays import REST, WINDOW, pays
-from sparsecomp.runtime.skip_rates import count_skips, note_rest
+from sparsecomp.runtime.skip_rates import Counted, count_skips, note_rest
 from sparsecomp.runtime.weight_site import ACTIVATIONS
 from sparsecomp.targets.base import Target
-from sparsecomp.targets.skip import FEW_TOKENS, SkipKernel, SkipRows, SkipSpec
+from sparsecomp.targets.skip import FEW_TOKENS, DeviceSkipKernel, SkipKernel, SkipRows, SkipSpec
+
+OwnKernel = TypeVar("OwnKernel", SkipKernel, DeviceSkipKernel)
 
 _sites: weakref.WeakValueDictionary[int, SkipSite] = weakref.WeakValueDictionary()
 
@@ -56,7 +59,7 @@ class SkipSite(Protocol):
     """What the op calls."""
 
     def run(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
-        """See `RuntimeSkip.run`."""
+        """See `SkipRuntime.run`."""
 
 
 def register(handle: int, site: SkipSite) -> None:
@@ -68,21 +71,21 @@ class _Here(threading.local):
     """What a thread has ready: the kernel, and the weights that it is for."""
 
     current: tuple[object, ...] = ()
-    kernel: SkipKernel | None = None
+    kernel: Any = None
     pause = 0
     calls = 0
     rest = 0
     counted = (0, 0)
 
 
-class RuntimeSkip:
+class SkipRuntime(ABC, Generic[OwnKernel]):
     """A site that skips; it holds the linears of the block, which compute what does not skip.
 
     Attributes:
         handle: of the op.
     """
 
-    def __init__(self, name: str, linears: Sequence[RuntimeSite], forms: SkipForms, target: Target) -> None:
+    def __init__(self, name: str, linears: Sequence[LinearRuntime[Any]], forms: SkipForms, target: Target) -> None:
         """Make a site.
 
         Args:
@@ -106,23 +109,136 @@ class RuntimeSkip:
         for linear, weight in zip(self._linears, weights, strict=True):
             linear.refresh(weight)
 
+    @abstractmethod
     def prepare(self, tokens: int, residual: bool) -> None:
         """Pack and build now what such a call needs.
 
         Raises:
             BuildError: a kernel could not be built here.
         """
-        if 0 < tokens <= FEW_TOKENS:
-            self._make_current().build(tokens, residual)
 
+    @abstractmethod
     def run(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
         """The block for x of `[..., I]`; the result is contiguous.
 
         Args:
-            x: input, float32 or bfloat16, which is widened before and narrowed after the kernels for few tokens.
+            x: input.
             biases: of gate, up and down, or of the linear and twice None.
             residual: of the output's shape, or None.
         """
+
+    @abstractmethod
+    def _prepared(self, spec: SkipSpec) -> OwnKernel:
+        """The target's kernel for the current weights."""
+
+    @abstractmethod
+    def _counted(self, kernel: OwnKernel, place: int) -> Counted:
+        """How to ask what a kernel has counted for a linear."""
+
+    def _dense(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
+        if not self._spec.is_ffn:
+            return self._linears[0].run(x, biases[0], residual)
+        return self._linears[-1].run(self._hidden(x, biases), biases[2], residual)
+
+    def _hidden(self, x: Tensor, biases: Sequence[Tensor | None]) -> Tensor:
+        spec = self._spec
+        gate = self._linears[0].run(x, biases[0], None)
+        up = self._linears[1].run(x, biases[1], None) if len(self._linears) == 3 else None
+        if spec.fused:
+            first, second = gate.chunk(2, dim=-1)
+            gate, up = (first, second) if spec.fused == "gate" else (second, first)
+        hidden = ACTIVATIONS[spec.activation](gate)
+        if self._forms.floor:
+            hidden = functional.threshold(hidden, self._forms.floor, 0.0)
+        return hidden if up is None else hidden * up
+
+    # -- kernels ------------------------------------------------------------------------------------------------------
+
+    def _kernel(self) -> OwnKernel | None:
+        here = self._here
+        current = tuple(linear.current for linear in self._linears)
+        # Compared one by one: what stands for a weight has no other equality.
+        if here.kernel is not None and current == here.current:
+            kernel: OwnKernel = here.kernel
+            return kernel
+        try:
+            return self._make_current()
+        except Exception as error:  # noqa: BLE001 -- logged with its traceback, and reported by `explain`
+            log.warning("site %s runs dense: its kernel failed", self.name, exc_info=True)
+            if (weight := self._linears[-1].weight) is not None:
+                record_failure(weight, "few tokens", error)
+            return None
+
+    def _make_current(self) -> OwnKernel:
+        current = tuple(linear.current for linear in self._linears)
+        last = self._linears[-1].weight
+        with self._lock, torch.no_grad():
+            known = self._kernels.get(last) if last is not None else None
+            if known is None or known[0] != current:
+                known = (current, self._make())
+                if last is not None:
+                    self._kernels[last] = known
+        kernel: OwnKernel = known[1]
+        self._here.current, self._here.kernel = current, kernel
+        return kernel
+
+    def _make(self) -> OwnKernel:
+        kernel = self._prepared(self._spec)
+        for place, linear in enumerate(self._linears):
+            if (weight := linear.weight) is not None:
+                count_skips(weight, self.handle, self._counted(kernel, place))
+        return kernel
+
+    def _current_rows(self) -> list[SkipRows]:
+        rows: list[SkipRows] = []
+        for place, linear in enumerate(self._linears):
+            own = [self._rows(linear, self._by_input(place), half) for half in self._halves(place)]
+            rows += own if self._spec.fused != "up" else own[::-1]
+        return rows
+
+    def _rows(self, linear: LinearRuntime[Any], by_input: bool, half: int | None) -> SkipRows:
+        def make(weight: Tensor) -> SkipRows:
+            part = weight if half is None else weight.chunk(2)[half]
+            rows = self._target.skip_rows(part.t() if by_input else part)
+            if rows is None:
+                raise ValueError(f"target {self._target.name} has no kernels that skip at run time")
+            return rows
+
+        return linear.form((self._target, "skip", by_input, half), make)
+
+    def _halves(self, place: int) -> tuple[int | None, ...]:
+        """The parts of a linear that have rows of their own."""
+        return (0, 1) if self._spec.fused and place == 0 else (None,)
+
+    def _by_input(self, place: int) -> bool:
+        return self._spec.kind == "inputs" or place == len(self._linears) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was packed for the current weights; 0 where they are used as they are."""
+        return sum(
+            self._rows(linear, self._by_input(place), half).nbytes
+            for place, linear in enumerate(self._linears)
+            for half in self._halves(place)
+        )
+
+    @property
+    def source(self) -> str:
+        """What is run, for people."""
+        form = "inputs" if self._spec.kind == "inputs" else "hidden units"
+        return f"; skips {form} of {' -> '.join(map(str, self._spec.sizes))}"
+
+
+class RuntimeSkip(SkipRuntime[SkipKernel]):
+    """A site on the CPU that skips, in float32 or bfloat16, which is widened before and narrowed after the kernels."""
+
+    def prepare(self, tokens: int, residual: bool) -> None:
+        """See `SkipRuntime.prepare`."""
+        if 0 < tokens <= FEW_TOKENS:
+            self._make_current().build(tokens, residual)
+
+    def run(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
+        """See `SkipRuntime.run`."""
         tokens = x.numel() // self._inputs
         here = self._here
         if not 0 < tokens <= FEW_TOKENS:
@@ -158,7 +274,7 @@ class RuntimeSkip:
     def _look(self, kernel: SkipKernel, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> None:
         """Take the dense way for a while where the last calls skipped too little to be worth it."""
         here, tokens = self._here, x.numel() // self._inputs
-        stayed, seen = self._counted(kernel)
+        stayed, seen = self._sums(kernel)
         before, here.counted = here.counted, (stayed, seen)
         if seen <= before[1]:
             return  # another kernel counts now: its weights changed
@@ -182,9 +298,9 @@ class RuntimeSkip:
 
     def _with_threshold(self, value: float) -> SkipKernel:
         thresholds = tuple(torch.full_like(own, value) for own in self._spec.thresholds)
-        return self._target.prepare_skip(replace(self._spec, thresholds=thresholds), self._current_rows())
+        return self._prepared(replace(self._spec, thresholds=thresholds))
 
-    def _counted(self, kernel: SkipKernel) -> tuple[int, int]:
+    def _sums(self, kernel: SkipKernel) -> tuple[int, int]:
         """What stayed and what was looked at so far, each linear by the size of what it reads for one of them."""
         sizes = self._spec.sizes
         heights = [1] if len(kernel.counters) == 1 else [sizes[1]] * (len(kernel.counters) - 1) + [sizes[-1]]
@@ -202,11 +318,6 @@ class RuntimeSkip:
 
     # -- many tokens --------------------------------------------------------------------------------------------------
 
-    def _dense(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
-        if not self._spec.is_ffn:
-            return self._linears[0].run(x, biases[0], residual)
-        return self._linears[-1].run(self._hidden(x, biases), biases[2], residual)
-
     def _many(self, x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
         if not self._spec.is_ffn:
             return self._linears[0].run(x, biases[0], residual)
@@ -219,18 +330,6 @@ class RuntimeSkip:
             else:
                 self._here.pause = PATIENCE
         return self._linears[-1].run(hidden, biases[2], residual)
-
-    def _hidden(self, x: Tensor, biases: Sequence[Tensor | None]) -> Tensor:
-        spec = self._spec
-        gate = self._linears[0].run(x, biases[0], None)
-        up = self._linears[1].run(x, biases[1], None) if len(self._linears) == 3 else None
-        if spec.fused:
-            first, second = gate.chunk(2, dim=-1)
-            gate, up = (first, second) if spec.fused == "gate" else (second, first)
-        hidden = ACTIVATIONS[spec.activation](gate)
-        if self._forms.floor:
-            hidden = functional.threshold(hidden, self._forms.floor, 0.0)
-        return hidden if up is None else hidden * up
 
     def _by_tiles(self, hidden: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
         """The down projection of the units that are not zero for a whole tile; None if the first tile keeps many."""
@@ -248,83 +347,17 @@ class RuntimeSkip:
         out = out if bias is None else out.add_(bias.detach())
         return (out if residual is None else out.add_(residual)).to(hidden.dtype)
 
-    # -- kernels ------------------------------------------------------------------------------------------------------
-
-    def _kernel(self) -> SkipKernel | None:
-        here = self._here
-        current = tuple(linear.current for linear in self._linears)
-        # Compared one by one: what stands for a weight has no other equality.
-        if here.kernel is not None and current == here.current:
-            return here.kernel
-        try:
-            return self._make_current()
-        except Exception as error:  # noqa: BLE001 -- logged with its traceback, and reported by `explain`
-            log.warning("site %s runs dense: its kernel failed", self.name, exc_info=True)
-            if (weight := self._linears[-1].weight) is not None:
-                record_failure(weight, "few tokens", error)
-            return None
-
-    def _make_current(self) -> SkipKernel:
-        current = tuple(linear.current for linear in self._linears)
-        last = self._linears[-1].weight
-        with self._lock, torch.no_grad():
-            known = self._kernels.get(last) if last is not None else None
-            if known is None or known[0] != current:
-                known = (current, self._make())
-                if last is not None:
-                    self._kernels[last] = known
-        kernel: SkipKernel = known[1]
-        self._here.current, self._here.kernel = current, kernel
-        return kernel
-
-    def _make(self) -> SkipKernel:
-        spec = self._spec
+    def _prepared(self, spec: SkipSpec) -> SkipKernel:
         kernel = self._target.prepare_skip(spec, self._current_rows())
-        for place, linear in enumerate(self._linears):
-            # Units are counted once, for all linears of the block.
-            counters = kernel.counters[min(place + (place > 0 and bool(spec.fused)), len(kernel.counters) - 1)]
-            if (weight := linear.weight) is not None:
-                count_skips(weight, self.handle, counters)
+        if not isinstance(kernel, SkipKernel):
+            raise ValueError(f"what target {self._target.name} has for {self.name} does not run on the CPU")
         return kernel
 
-    def _current_rows(self) -> list[SkipRows]:
-        rows: list[SkipRows] = []
-        for place, linear in enumerate(self._linears):
-            own = [self._rows(linear, self._by_input(place), half) for half in self._halves(place)]
-            rows += own if self._spec.fused != "up" else own[::-1]
-        return rows
-
-    def _rows(self, linear: RuntimeSite, by_input: bool, half: int | None) -> SkipRows:
-        def make(weight: Tensor) -> SkipRows:
-            part = weight if half is None else weight.chunk(2)[half]
-            rows = self._target.skip_rows(part.t() if by_input else part)
-            if rows is None:
-                raise ValueError(f"target {self._target.name} has no kernels that skip at run time")
-            return rows
-
-        return linear.form((self._target, "skip", by_input, half), make)
-
-    def _halves(self, place: int) -> tuple[int | None, ...]:
-        """The parts of a linear that have rows of their own."""
-        return (0, 1) if self._spec.fused and place == 0 else (None,)
-
-    def _by_input(self, place: int) -> bool:
-        return self._spec.kind == "inputs" or place == len(self._linears) - 1
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what was packed for the current weights; 0 where they are used as they are."""
-        return sum(
-            self._rows(linear, self._by_input(place), half).nbytes
-            for place, linear in enumerate(self._linears)
-            for half in self._halves(place)
-        )
-
-    @property
-    def source(self) -> str:
-        """What is run, for people."""
-        form = "inputs" if self._spec.kind == "inputs" else "hidden units"
-        return f"; skips {form} of {' -> '.join(map(str, self._spec.sizes))}"
+    def _counted(self, kernel: SkipKernel, place: int) -> Counted:
+        # Units are counted once, for all linears of the block.
+        own = min(place + (place > 0 and bool(self._spec.fused)), len(kernel.counters) - 1)
+        counted: Counted = kernel.counters[own].tolist
+        return counted
 
 
 _library = torch.library.Library("sparsecomp", "FRAGMENT")
@@ -343,4 +376,5 @@ def _meta(x: Tensor, biases: Sequence[Tensor | None], residual: Tensor | None, s
 
 
 _library.impl("skip", _skip, "CPU")
+_library.impl("skip", _skip, "CUDA")
 _library.impl("skip", _meta, "Meta")

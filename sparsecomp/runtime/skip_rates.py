@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Callable, Sequence
+
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-Counters = npt.NDArray[np.int64]
+Counted = Callable[[], Sequence[int]]
+"""Gives what stayed and what was looked at, in all calls or, on an accelerator, in the last one."""
 
 _counters = WeakIdKeyDictionary()
 _resting = WeakIdKeyDictionary()
 
 
-def count_skips(weight: Tensor, site: int, counters: Counters) -> None:
-    """Remember where the kernel of a site counts for a weight: int64 `[2]`, what stayed and what was looked at."""
-    by_site: dict[int, Counters] = _counters.setdefault(weight, {})
-    by_site[site] = counters
+def count_skips(weight: Tensor, site: int, counted: Counted) -> None:
+    """Remember how to ask what the kernel of a site has counted for a weight; must not keep the weight alive."""
+    by_site: dict[int, Counted] = _counters.setdefault(weight, {})
+    by_site[site] = counted
 
 
 def note_rest(weight: Tensor, site: int, kept: float | None) -> None:
@@ -32,8 +33,9 @@ def rest_of(weight: Tensor) -> float | None:
 
 
 def skip_rate_of(weight: Tensor) -> float | None:
-    """The share that was skipped for a weight in all calls so far, None if there were none."""
-    by_site: dict[int, Counters] = _counters.get(weight, {})
-    kept = sum(int(counters[0]) for counters in by_site.values())
-    total = sum(int(counters[1]) for counters in by_site.values())
+    """The share that was skipped for a weight so far, see `Counted`; None if nothing was counted."""
+    by_site: dict[int, Counted] = _counters.get(weight, {})
+    counts = [counted() for counted in by_site.values()]
+    kept = sum(count[0] for count in counts)
+    total = sum(count[1] for count in counts)
     return 1 - kept / total if total else None

@@ -22,7 +22,6 @@ from sparsecomp.skipping.samples import sample_hidden, sample_inputs
 from sparsecomp.skipping.scores import Scores, ffn_scores, input_scores
 from sparsecomp.skipping.sites import FFN, InputGroup
 from sparsecomp.targets.base import Target, WeightFacts
-from sparsecomp.targets.skip import FEW_TOKENS
 
 LEAST_ZEROS = 0.05
 """Share of exact zeros in a hidden layer from which `relu` is offered; activations of other kinds give next to none."""
@@ -38,6 +37,7 @@ class Offer:
         calls: share of its calls that is computed.
         loss: what it is estimated to add to the model's loss; of a form of blocks the part of one linear.
         factors: of a low-rank approximation beside.
+        by_input: whether columns are read, else rows.
     """
 
     form: SkipForm
@@ -45,6 +45,7 @@ class Offer:
     loss: float
     calls: float = 1.0
     factors: tuple[WeightFacts, ...] = ()
+    by_input: bool = True
 
 
 def parse_forms(given: Iterable[str | SkipForm]) -> tuple[SkipForm, ...]:
@@ -62,24 +63,30 @@ def parse_forms(given: Iterable[str | SkipForm]) -> tuple[SkipForm, ...]:
 
 def can_skip(choice: SiteChoice, target: Target) -> bool:
     """Whether a site of a plan is a linear that the target can let skip."""
-    few = 0 < choice.tokens <= FEW_TOKENS
-    return target.skips and few and choice.window is None and not choice.declined
+    few = 0 < choice.tokens <= target.skip_tokens
+    return bool(target.skips) and few and choice.window is None and not choice.declined
 
 
-Cost = Callable[[WeightFacts, float, int], float]
-"""`(weight, share that is read, tokens) -> microseconds`."""
+Cost = Callable[[SiteChoice, WeightFacts, float, bool], float]
+"""`(entry, weight, share that is read, whether of its inputs) -> microseconds`."""
 
 
 def cost_of(target: Target, scale: float) -> Cost:
     """The predictions of a target for the present number of threads, multiplied."""
     threads = torch.get_num_threads()
-    return lambda facts, kept, tokens: scale * target.predict_skip(facts, kept, tokens, threads)
+
+    def cost(entry: SiteChoice, facts: WeightFacts, kept: float, by_input: bool) -> float:
+        dtype: torch.dtype = getattr(torch, entry.dtype)
+        return scale * target.predict_skip(facts, kept, entry.tokens, threads, dtype, by_input)
+
+    return cost
 
 
 def skip_us(entries: Sequence[SiteChoice], facts: WeightFacts, offer: Offer, cost: Cost) -> list[float]:
     """Microseconds of every entry of a linear (one for every call of it) in the form of an offer."""
     return [
-        offer.calls * cost(facts, offer.kept, entry.tokens) + sum(cost(own, 1.0, entry.tokens) for own in offer.factors)
+        offer.calls * cost(entry, facts, offer.kept, offer.by_input)
+        + sum(cost(entry, own, 1.0, True) for own in offer.factors)
         for entry in entries
     ]
 
@@ -234,7 +241,11 @@ def _by_linear(ffn: FFN, form: SkipForm, skipped: float, loss: float) -> dict[st
     """The gate is read in full, of the others the units that stay; of a weight that holds gate and up the mean."""
     gate = 1 - skipped / 2 if ffn.gated and len(ffn.linears) == 2 else 1.0
     kept = [gate, *[1 - skipped] * (len(ffn.linears) - 1)]
-    return {name: Offer(form, own, loss / len(kept)) for name, own in zip(ffn.linears, kept, strict=True)}
+    down = ffn.linears[-1]
+    return {
+        name: Offer(form, own, loss / len(kept), by_input=name == down)
+        for name, own in zip(ffn.linears, kept, strict=True)
+    }
 
 
 def _block_offers(

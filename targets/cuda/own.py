@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sparsecomp.cuda.library import KERNELS, TILE, CudaKernel
+from sparsecomp.cuda.library import FFN, KERNELS, TILE, CudaKernel, Launch
 from sparsecomp.patterns import Detection, Pattern
 from sparsecomp.targets.base import Candidate, Problem, WeightFacts, label_of
 from sparsecomp.targets.cuda.cards import Card
@@ -36,9 +36,12 @@ _WORK = {
     "rows": (32, 3.0),
     "rows_token": (32, 5.0),
     "two_four_token": (32, 4.0),
+    "ffn_hidden": (32, 4.0),
+    "ffn_down": (32, 7.0),
 }
-"""By source: warps of a multiprocessor that hide latencies, and instructions for a multiply-add (counted in the inner
-loops of the sources: reading, placing and widening of an operand count as one each); both are assumptions."""
+"""By source, or function where a source has two: warps of a multiprocessor that hide latencies, and instructions for a
+multiply-add (counted in the inner loops of the sources: reading, placing and widening of an operand count as one each);
+both are assumptions."""
 _REGISTERS, _REGISTER_UNIT, _QUARTERS = 65536, 256, 4
 _SHARED_UNIT, _RESERVED = 128, 1024  # bytes; the driver takes the second of each block
 
@@ -140,20 +143,10 @@ def predict_us(card: Card, candidate: Candidate, problem: Problem) -> float:
         launch = kernel.launch(outputs, inputs, tokens)
     except ValueError:  # too many tokens, or x does not fit into shared memory
         return math.inf
-    registers, shared = taken
-    resident = resident_blocks(card, registers, shared + launch.shared, launch.block[0])
-    if not resident:
-        return math.inf
-    wanted, instructions = _WORK[kernel.source]
-    turns = math.ceil(math.prod(launch.grid) / card.sms)
-    hidden = min(1.0, min(resident, turns) * launch.block[0] / 32 / wanted)
-    tensor = kernel.source in ("panel_tensor", "panel_int8")
-    rate = card.rate(problem.dtype if tensor else torch.float32, sparse=False)
     library = card.library(problem.dtype, sparse=False)
     work, tile = _work(candidate, facts, size), kernel.tokens or TILE
-    arithmetic = 2 * work.entries * tile * instructions / (1e6 * SHARE * rate / card.sms)
-    arrival = (work.nbytes + work.rows * tile * size) / (1e3 * SHARE * library.stream)
-    us = turns * max(arithmetic, arrival) / launch.grid[0] / hidden
+    nbytes = work.nbytes + work.rows * tile * size
+    us = _blocks_us(card, problem.dtype, kernel.source, launch, taken, work.entries * tile, nbytes)
     given = 4 if problem.dtype == torch.int8 else size  # bytes of an entry of y
     us = max(us, memory_us(card, work.nbytes + tokens * (size * inputs + given * outputs * (1 + problem.residual))))
     if not kernel.tokens:  # x and y are turned around by kernels of PyTorch
@@ -164,6 +157,66 @@ def predict_us(card: Card, candidate: Candidate, problem: Problem) -> float:
             + memory_us(card, 2 * given * stride * outputs)
         )
     return library.base + us
+
+
+def predict_ffn_us(
+    card: Card, facts: WeightFacts, kept: float, tokens: int, dtype: torch.dtype, by_input: bool
+) -> float:
+    """Microseconds of a linear in an FFN of one token that skips hidden units; infinity where no kernel takes it.
+
+    Args:
+        card: the card.
+        facts: of the weight, which is read as a dense one.
+        kept: share of its rows that is read, or of its columns if `by_input`, as of down.
+        tokens: of the call.
+        dtype: of x, weight and output.
+        by_input: see `kept`.
+    """
+    ffn = next((kernel for kernel in FFN if kernel.dtype == dtype), None)
+    outputs, inputs, size = facts.out_features, facts.in_features, dtype.itemsize
+    if ffn is None or tokens != 1 or not outputs * inputs:
+        return math.inf
+    entry = ffn.down_entry if by_input else ffn.hidden_entry
+    taken = _compiled().get(card.arch, {}).get(f"{ffn.name}, {entry}")
+    try:
+        launch = ffn.launch_down(outputs) if by_input else ffn.launch_hidden(outputs, inputs)
+    except ValueError:  # x does not fit into shared memory
+        return math.inf
+    if taken is None:
+        return math.inf
+    entries = outputs * inputs * kept
+    # Every block reads x, or the numbers and values of all units that stay.
+    beside = launch.grid[0] * (8 * inputs * kept if by_input else size * inputs)
+    us = _blocks_us(card, dtype, entry, launch, taken, entries, size * entries + beside)
+    floor = memory_us(card, size * (entries + inputs + outputs))
+    return card.library(dtype, sparse=False).base + max(us, floor)
+
+
+def _blocks_us(
+    card: Card, dtype: torch.dtype, code: str, launch: Launch, taken: list[int], products: float, nbytes: float
+) -> float:
+    """Microseconds until all blocks of a launch are done; infinity where a multiprocessor holds none.
+
+    Args:
+        card: the card.
+        dtype: of the operands.
+        code: key of `_WORK`.
+        launch: the geometry.
+        taken: registers of a thread, and bytes of static shared memory.
+        products: multiply-adds of the blocks of one column of the grid.
+        nbytes: operands of these blocks.
+    """
+    registers, shared = taken
+    resident = resident_blocks(card, registers, shared + launch.shared, launch.block[0])
+    if not resident:
+        return math.inf
+    wanted, instructions = _WORK[code]
+    turns = math.ceil(math.prod(launch.grid) / card.sms)
+    hidden = min(1.0, min(resident, turns) * launch.block[0] / 32 / wanted)
+    rate = card.rate(dtype if code in ("panel_tensor", "panel_int8") else torch.float32, sparse=False)
+    arithmetic = 2 * products * instructions / (1e6 * SHARE * rate / card.sms)
+    arrival = nbytes / (1e3 * SHARE * card.library(dtype, sparse=False).stream)
+    return turns * max(arithmetic, arrival) / launch.grid[0] / hidden
 
 
 def packed_bytes(candidate: Candidate, facts: WeightFacts, size: int) -> int:

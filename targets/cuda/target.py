@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from sparsecomp.targets import scales as kept
 from sparsecomp.targets.base import DENSE, Candidate, DeviceKernel, Problem, Target, WeightFacts
 from sparsecomp.targets.cuda import cost, own
 from sparsecomp.targets.cuda.cards import Card, card, card_here, card_names
+from sparsecomp.targets.cuda.ffn import CudaRows, FfnThreshold
 from sparsecomp.targets.cuda.kernels import CompiledKernel, SemiStructured
+from sparsecomp.targets.skip import SkipRows, SkipSpec
 
 SEMI = Candidate("semi_structured", "2:4")
 """PyTorch's semi-structured products: cuSPARSELt."""
@@ -52,6 +54,9 @@ class CudaTarget(Target):
 
     device = "cuda"
     fuses = False
+    skips = ("relu", "threshold")
+    skip_tokens = 1
+    watches_skips = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
     def __init__(self, card: Card, scales: Mapping[str, float] | None = None) -> None:
@@ -117,6 +122,32 @@ class CudaTarget(Target):
         if not own.TWO_FOUR.check(weight):
             raise ValueError(f"{candidate} needs a weight of the pattern 2:4")
         return SemiStructured(weight)
+
+    def predict_skip(
+        self,
+        facts: WeightFacts,
+        kept: float,
+        tokens: int,
+        threads: int,
+        dtype: torch.dtype = torch.float32,
+        by_input: bool = True,
+    ) -> float:
+        """See `Target.predict_skip`: of a linear of an FFN, estimated; a launch is counted for each of them."""
+        us = own.predict_ffn_us(self.card, facts, kept, tokens, dtype, by_input)
+        return self._scales.get("ffn_threshold", 1.0) * us
+
+    def skip_rows(self, matrix: Tensor) -> CudaRows:
+        """See `Target.skip_rows`."""
+        return CudaRows(matrix)
+
+    def prepare_skip(self, spec: SkipSpec, rows: Sequence[SkipRows]) -> FfnThreshold:
+        """See `Target.prepare_skip`.
+
+        Raises:
+            ValueError: there is no kernel for it.
+            ModuleNotFoundError: NVRTC, which compiles our kernels, is not installed.
+        """
+        return FfnThreshold(spec, [row for row in rows if isinstance(row, CudaRows)], self.card.arch)
 
     def packed_bytes(self, candidate: Candidate, facts: WeightFacts, dtype: torch.dtype = torch.float32) -> int:
         """See `Target.packed_bytes`: by cuSPARSELt half of the entries, and two bits for each of them."""

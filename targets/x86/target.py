@@ -63,7 +63,7 @@ def create(name: str) -> X86Target:
 class X86Target(Target):
     """x86-64 Linux."""
 
-    skips = True
+    skips = ("relu", "threshold", "input", "rsparse", "block")
     _streamed = False
 
     def __init__(self, level_name: str) -> None:
@@ -173,8 +173,16 @@ class X86Target(Target):
     def _masks_rows(self, nonzeros: int, entries: int) -> bool:
         return self._level.spread == "expand" and nonzeros <= _MASKED_DENSITY * entries
 
-    def predict_skip(self, facts: WeightFacts, kept: float, tokens: int, threads: int) -> float:
-        """See `Target.predict_skip`."""
+    def predict_skip(
+        self,
+        facts: WeightFacts,
+        kept: float,
+        tokens: int,
+        threads: int,
+        dtype: torch.dtype = torch.float32,
+        by_input: bool = True,
+    ) -> float:
+        """See `Target.predict_skip`; both sides are read by rows of float32."""
         machine = self._machine_at(tokens)
         if self._masks_rows(facts.nonzeros, facts.out_features * facts.in_features):
             # A word of a row with a mask takes what it takes in the kernel that reads all of them.

@@ -138,7 +138,7 @@ def _offers(forms: list[str], us: float = 1.0) -> dict[str, list[Offer]]:
             find_ffns(model),
             parsed,
             entries=entries,
-            cost=lambda facts, kept, tokens: us * kept * facts.nonzeros / 10,
+            cost=lambda entry, facts, kept, by_input: us * kept * facts.nonzeros / 10,
             loss=lambda: 1.0,
             done=lambda: None,
         )

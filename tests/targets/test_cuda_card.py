@@ -16,10 +16,12 @@ from sparsecomp.cuda.library import FFN, KERNELS, UNITS, CudaFfn, CudaKernel
 from sparsecomp.cuda.nvrtc import ARCHITECTURES, compile_kernel
 from sparsecomp.cuda.rows import pack_ffn
 from sparsecomp.kernels.epilogue import ACTIVATIONS
+from sparsecomp.runtime.skip_rates import skip_rate_of
 from sparsecomp.targets import get_target
-from sparsecomp.targets.base import Candidate
+from sparsecomp.targets.base import Candidate, WeightFacts
+from sparsecomp.targets.cuda.cards import card_here
 from sparsecomp.targets.cuda.kernels import CompiledKernel
-from sparsecomp.targets.cuda.target import SEMI
+from sparsecomp.targets.cuda.target import SEMI, CudaTarget
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.int32: 0.0}
@@ -99,6 +101,35 @@ def test_an_ffn_skips_units_below_the_threshold(ffn: CudaFfn) -> None:
     y = given["y"]
     assert isinstance(y, Tensor)
     assert_close(y, down.double()[:, ::2] @ values[::2])
+
+
+class FreeSkips(CudaTarget):
+    """The card here, where skipping always wins, so that small blocks take it."""
+
+    def predict_skip(
+        self,
+        facts: WeightFacts,
+        kept: float,
+        tokens: int,
+        threads: int,
+        dtype: torch.dtype = torch.float32,
+        by_input: bool = True,
+    ) -> float:
+        return 1e-3 * super().predict_skip(facts, kept, tokens, threads, dtype, by_input)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_compiled_model_skips_units_that_are_zero(dtype: torch.dtype) -> None:
+    card_arch()
+    model = nn.Sequential(nn.Linear(700, 1500), nn.ReLU(), nn.Linear(1500, 450)).to(dtype).requires_grad_(False).cuda()
+    x, target = torch.randn(1, 700, device="cuda").to(dtype), FreeSkips(card_here())
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="sparse", options={"target": target, "verify": True})
+        given = compiled(x)
+        assert backend.compilations()[-1].rewritten == ["ffn"]
+        assert_close(given, model(x).double().cpu())
+        assert_close(compiled(2 * x), model(2 * x).double().cpu())
+    assert 0.2 < (skip_rate_of(model[2].weight) or 0) < 0.8
 
 
 @pytest.mark.parametrize(
