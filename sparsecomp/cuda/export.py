@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from sparsecomp.analysis import DryRun, analyse
 from sparsecomp.cuda.library import CudaKernel
 from sparsecomp.cuda.nvrtc import ARCHITECTURES
-from sparsecomp.cuda.package import TYPES, Layer, package
+from sparsecomp.cuda.package import Layer, package
 from sparsecomp.frontends.program import load_program
 from sparsecomp.ir import LinearSite, SparseGraph
 from sparsecomp.log import DebugFolder
@@ -78,8 +78,6 @@ def export_cuda(
 
 class _Exported(CudaTarget):
     """A card that a package is for: it has our kernels alone, and is not here."""
-
-    dtypes = tuple(TYPES)
 
     def why_not_here(self) -> str | None:
         return "a package is exported for it"

@@ -79,38 +79,41 @@ std::vector<char> read(const std::string& folder, const File& file) {
     return content;
 }
 
-size_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+size_t size_of(Type type) { return type == Type::float16 || type == Type::bfloat16 ? 2 : 4; }
 
 // Of an output, of its size plus the root mean square of all. Sums are float32 in another order than the model's; a
-// 16-bit result is rounded, by the model perhaps once more before the bias.
-double tolerance(Type type) { return type == Type::float32 ? 1e-4 : type == Type::float16 ? 2e-3 : 1.6e-2; }
+// 16-bit result is rounded, by the model perhaps once more before the bias. Sums of int8 are exact.
+double tolerance(Type type) {
+    return type == Type::float32 ? 1e-4 : type == Type::float16 ? 2e-3 : type == Type::bfloat16 ? 1.6e-2 : 0;
+}
 
-float value_at(const char* from, size_t i, Type type) {
-    std::uint32_t bits;
-    float value;
-    if (type == Type::float32) {
-        std::memcpy(&value, from + 4 * i, 4);
-        return value;
-    }
-    std::uint16_t half;
-    std::memcpy(&half, from + 2 * i, 2);
+template <class T>
+T entry(const char* from, size_t i) {
+    T value;
+    std::memcpy(&value, from + i * sizeof(T), sizeof(T));
+    return value;
+}
+
+double value_at(const char* from, size_t i, Type type) {
+    if (type == Type::float32) return entry<float>(from, i);
+    if (type == Type::int32) return entry<std::int32_t>(from, i);
+    const std::uint32_t bits = entry<std::uint16_t>(from, i), fraction = bits & 1023;
     if (type == Type::bfloat16) {
-        bits = std::uint32_t(half) << 16;
-        std::memcpy(&value, &bits, 4);
-        return value;
+        const std::uint32_t wide = bits << 16;
+        return entry<float>(reinterpret_cast<const char*>(&wide), 0);
     }
-    const int exponent = half >> 10 & 31, fraction = half & 1023;
-    value = exponent == 31 ? (fraction ? NAN : INFINITY)
-            : exponent     ? std::ldexp(1024.0f + fraction, exponent - 25)
-                           : std::ldexp(float(fraction), -24);
-    return half >> 15 ? -value : value;
+    const int exponent = bits >> 10 & 31;
+    const double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                        : exponent     ? std::ldexp(1024.0 + fraction, exponent - 25)
+                                       : std::ldexp(double(fraction), -24);
+    return bits >> 15 ? -size : size;
 }
 
 // The largest error of an output, over what is allowed there; up to 1 is right.
 double error_of(const Layer& layer, const std::vector<char>& y, const char* expected) {
     double squares = 0, worst = 0;
     const size_t count = size_t(layer.rows) * layer.columns;
-    for (size_t i = 0; i < count; ++i) squares += std::pow(double(value_at(expected, i, layer.type)), 2);
+    for (size_t i = 0; i < count; ++i) squares += std::pow(value_at(expected, i, layer.type), 2);
     const double usual = std::sqrt(squares / count), least = 1e-30;
     for (size_t row = 0; row < layer.rows; ++row)
         for (size_t column = 0; column < layer.columns; ++column) {
@@ -177,7 +180,7 @@ Result run(const Layer& layer, const std::string& cubins, CUdeviceptr weights, c
               "asking for " + std::to_string(layer.shared) + " bytes of shared memory");
 
     const Buffer x(recorded.data() + layer.x, layer.x_bytes);
-    std::vector<char> y(size_t(layer.rows) * layer.stride * size_of(layer.type), char(0xff));  // NaN in every type
+    std::vector<char> y(size_t(layer.rows) * layer.stride * size_of(layer.type), char(0xff));  // NaN, or -1
     const Buffer y_there(y.data(), y.size());
     std::vector<CUdeviceptr> pointers(layer.arguments.size());
     std::vector<int> numbers(layer.arguments.size());

@@ -15,11 +15,9 @@ from sparsecomp.cuda.compiled import cubin_of, sources_of
 from sparsecomp.cuda.library import CudaKernel
 from sparsecomp.planner import SiteChoice
 from sparsecomp.report import Report
-from sparsecomp.targets.cuda.cost import STRIDE
 
 _ALIGNMENT = 256  # bytes, what the driver gives allocations and more than any kernel needs
-TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-"""Of what is exported, as `layers.h` calls them."""
+_TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.int32: "int32"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,9 @@ class Layer:
 class _File:
     """A binary file that arrays are put into, one behind the other."""
 
-    def __init__(self, name: str) -> None:
-        self._name, self._size = name, 0
+    def __init__(self) -> None:
         self._parts: list[bytes] = []
+        self._size = 0
 
     def add(self, array: Tensor) -> int:
         """Append an array; returns the byte that it begins at."""
@@ -62,10 +60,6 @@ class _File:
     def content(self) -> bytes:
         """The whole file."""
         return b"".join(self._parts)
-
-    def entry(self) -> str:
-        """What `layers.h` says of it."""
-        return f'{{"{self._name}", {self._size}, {zlib.crc32(self.content())}u}}'
 
 
 def package(layers: Sequence[Layer], report: Report, archs: Sequence[str], card: str, title: str) -> dict[str, bytes]:
@@ -83,17 +77,19 @@ def package(layers: Sequence[Layer], report: Report, archs: Sequence[str], card:
         ModuleNotFoundError: NVRTC is not installed.
     """
     title = _plain(title)
-    weights, recorded = _File("weights.bin"), _File("recorded.bin")
+    weights, recorded = _File(), _File()
     rows = "\n".join(_layer(layer, weights, recorded) for layer in layers)
     kernels = {layer.kernel.name: layer.kernel for layer in layers}
     files = {"main.cpp": _resource("main.cpp").encode(), "plan.json": report.plan.to_json().encode()}
     for kernel in kernels.values():
         files |= {f"kernels/{name}": text.encode() for name, text in sources_of(kernel).items()}
         files |= {f"cubins/{arch}/{kernel.name}.cubin": cubin_of(kernel, arch) for arch in archs}
-    files["weights.bin"], files["recorded.bin"] = weights.content(), recorded.content()
+    manifest = {"TITLE": title, "LAYERS": rows}
+    for name, file in (("weights", weights), ("recorded", recorded)):
+        files[f"{name}.bin"] = content = file.content()
+        manifest[name.upper()] = f'{{"{name}.bin", {len(content)}, {zlib.crc32(content)}u}}'
     numbers = ", ".join(arch.removeprefix("sm_") for arch in archs)
-    binaries = {"WEIGHTS": weights.entry(), "RECORDED": recorded.entry()}
-    files["layers.h"] = _filled("layers.h", binaries | {"TITLE": title, "ARCHITECTURES": numbers, "LAYERS": rows})
+    files["layers.h"] = _filled("layers.h", manifest | {"ARCHITECTURES": numbers})
     rules = "\n".join(f"  kernel({_rule(kernel)})" for kernel in kernels.values())
     files["CMakeLists.txt"] = _filled("CMakeLists.txt", {"ARCHITECTURES": " ".join(archs), "KERNELS": rules})
     values = {"TITLE": title, "COUNT": str(len(layers)), "CARD": card, "ARCHITECTURES": ", ".join(archs)}
@@ -105,8 +101,7 @@ def package(layers: Sequence[Layer], report: Report, archs: Sequence[str], card:
 def _layer(layer: Layer, weights: _File, recorded: _File) -> str:
     """What `layers.h` says of a layer, whose data goes into the files."""
     kernel, (outputs, inputs), tokens = layer.kernel, layer.weight.shape, len(layer.x)
-    launch, many = kernel.launch(outputs, inputs, tokens), not kernel.tokens
-    stride = tokens + -tokens % STRIDE
+    launch, many, stride = kernel.launch(outputs, inputs, tokens), not kernel.tokens, kernel.stride(tokens)
     x, y, width = (layer.x, layer.y, outputs) if not many else (layer.x.t(), layer.y.t(), stride)
     arrays = kernel.pack(layer.weight)
     if layer.bias is not None:
@@ -123,7 +118,7 @@ def _layer(layer: Layer, weights: _File, recorded: _File) -> str:
         f"    {{{_string(layer.name)}, {_string(kernel.name)}, {_string(kernel.entry)},",
         f"     {geometry}, {launch.shared},",
         "     {" + ",\n      ".join(f"{given[name]} /* {name} */" for name in kernel.arguments) + "},",
-        f"     Type::{TYPES[kernel.dtype]}, {x_at}, {taken.numel() * taken.itemsize}, {y_at},"
+        f"     Type::{_TYPES[layer.y.dtype]}, {x_at}, {taken.numel() * taken.itemsize}, {y_at},"
         f" {y.shape[0]}, {y.shape[1]}, {width}}},",
     ]
     return "\n".join(lines)

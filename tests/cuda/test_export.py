@@ -151,6 +151,29 @@ def test_every_linear_of_a_transformer_is_right(tmp_path: Path) -> None:
     assert [line.split()[0] for line in result.stdout.splitlines()[1:-1]] == [choice.name for choice in plan]
 
 
+class Int8(nn.Module):
+    """A product of int8, whose sums are int32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = Layers(["rows_f16"]).rows_f16.weight
+        self.register_buffer("matrix", (100 * weight.detach()).clamp(-127, 127).to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch._int_mm((50 * x).to(torch.int8), self.matrix.t())
+
+
+def test_integers_are_exact(tmp_path: Path) -> None:
+    plan = Plan("cuda:h100")
+    plan.add([SiteChoice("matrix", (80, 96), 0, 0.3, Candidate("rows", "unstructured"), "")])
+    export_cuda(Int8(), [X], output=tmp_path, arch="sm_90", options={"plan": plan})
+    emulate(tmp_path)
+    build(tmp_path)
+    result = run(tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "error 0 of what is allowed: ok" in result.stdout
+
+
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package of one layer that can run."""
