@@ -78,15 +78,20 @@ def test_two_to_four_loses_with_few_channels_and_wins_with_many() -> None:
     assert target.predict(SEMI, large) < target.predict(DENSE, large)
 
 
-def test_published_speed_ups_are_reproduced() -> None:
+def test_published_speed_ups_and_winners_are_reproduced() -> None:
     groups = json.loads(PUBLISHED.read_text(encoding="utf-8"))["groups"]
-    within = []
-    for group in groups[1:]:  # the tables and issues of PyTorch and NVIDIA
+    within, wrong = [], []
+    for number, group in enumerate(groups):
         for name, dtype, tokens, outputs, inputs, dense, sparse in group["rows"]:
             target, asked = get_target(f"cuda:{name}"), problem(tokens, outputs, inputs, getattr(torch, dtype))
-            speedup = target.predict(DENSE, asked) / target.predict(SEMI, asked)
-            within.append(abs(speedup - dense / sparse) <= 0.25 * dense / sparse)
-    assert sum(within) >= 12
+            speedup, published = target.predict(DENSE, asked) / target.predict(SEMI, asked), dense / sparse
+            within.append((number, abs(speedup - published) <= 0.25 * published))
+            if max(published, 1 / published) >= 1.05 and (speedup > 1) != (published > 1):
+                wrong.append((name, dtype, tokens, outputs, inputs))
+    # The tables and issues of PyTorch and NVIDIA, and layers of the source that was fitted to.
+    assert sum(close for number, close in within if number) >= 12
+    assert sum(close for _, close in within) >= 85
+    assert len(wrong) <= 1, wrong
 
 
 def test_facts_name_their_sources() -> None:
