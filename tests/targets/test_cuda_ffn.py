@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import models
 import pytest
 import torch
 from cuda_tools import CardOnCpu, kernels_on_cpu
@@ -103,7 +105,7 @@ def test_no_estimate_is_below_what_is_read_and_less_is_never_dearer(
 ) -> None:
     target, own = get_target(f"cuda:{name}"), facts(64 * outputs, 64 * inputs)
     us, full = (target.predict_skip(own, share, 1, 1, HALF, by_input) for share in (kept, 1.0))
-    assert 0 < us <= full
+    assert 0 < us <= full < math.inf
     nbytes = 2 * own.out_features * own.in_features * kept
     if nbytes > card(name).l2:
         assert us > nbytes / (1e3 * card(name).bandwidth)
@@ -282,3 +284,27 @@ def test_a_plan_for_a_card_chooses_forms_and_takes_their_prices() -> None:
     assert {site.chosen.kernel for site in report} == {"skip_threshold"}
     with pytest.raises(ValueError, match=r"cuda:orin has kernels of relu and threshold"):
         sparsecomp.plan(model, batches, target="cuda:orin", skips=["input:0.5"], max_quality_loss=0.9, **wanted)
+
+
+@pytest.mark.slow
+def test_a_block_of_a_language_model_skips_what_its_thresholds_were_calibrated_to() -> None:
+    model, tokenizer = models.smollm2()
+    texts = models.windows(tokenizer, models.lee("lee_background"), 48, most=3)
+    block, seen = Model(width=8, hidden=8), []
+    block.mlp = model.model.layers[10].mlp
+    hook = block.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    model.model.layers = model.model.layers[:11]
+    model.model(texts, use_cache=False)
+    hook.remove()
+    found = calibrate_skips(block, [seen[0][:112]], "threshold:0.5", layerwise=False)
+    with kernels_on_cpu():
+        half = copy.deepcopy(block).half()
+        compiled = torch.compile(half, backend="sparse", options={"target": FreeSkips(), "skip": found})
+        for x in seen[0][112::16, None]:
+            with emulate(block, found) as rates:
+                expected = block(x)
+            error = (compiled(x.half()).float() - expected).norm() / expected.norm()
+            # A unit at its threshold may fall on the other side in half precision.
+            assert error < 0.01
+            assert skip_rate_of(half.mlp.down_proj.weight) == pytest.approx(rates.mean(), abs=0.01)
+            assert 0.3 < rates.mean() < 0.7
