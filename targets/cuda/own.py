@@ -51,7 +51,8 @@ class _Work:
     """What a kernel does for a weight.
 
     Attributes:
-        entries: of the weight that are multiplied; 2:4 on tensor cores, at twice the rate of dense, counts half.
+        entries: of the weight that are multiplied, with what fills up steps; 2:4 on tensor cores, at twice the rate of
+            dense, counts half.
         nbytes: of the packed weight.
         rows: of x that are read for a tile of tokens, summed over the blocks.
     """
@@ -231,22 +232,28 @@ def _work(candidate: Candidate, facts: WeightFacts, size: int) -> _Work:
     panels = -(-outputs // v)
     match candidate.kernel:
         case "panel":
-            columns = facts.panels[v]
+            columns = _filled(facts.panels[v], panels, 16 if size == 4 else 32)
             return _Work(columns * v, columns * (v * size + 4) + 4 * (panels + 1), columns)
         case "panel_sparse":
             # A group of four columns ends before a row has three of them.
-            slots = max(facts.panels[v], 2 * kept / v)
+            slots = _filled(max(facts.panels[v], 2 * kept / v), panels, 64 if size == 1 else 32)
             return _Work(slots * v / 2, slots * (v * (size / 2 + 1 / 8) + 4) + 4 * (panels + 1), slots)
         case "block":
             found = _block(facts, v, [candidate.pattern])
-            slots = kept / found.fill if found is not None and found.fill else float(kept)
-            return _Work(slots, slots * (size + 4 / v**2) + 4 * (panels + 1), slots / v)
+            columns = (kept / found.fill if found is not None and found.fill else float(kept)) / v
+            columns = _filled(columns, panels, max(32, v))
+            return _Work(columns * v, columns * (v * size + 4 / v) + 4 * (panels + 1), columns)
         case "two_four":
             return _Work(outputs * inputs / 2, outputs * inputs / 2 * (size + 1 / 4), -(-outputs // 32) * inputs)
         case "rows_token":
             return _Work(kept, kept * (size + 2) + 4 * (outputs + 1), -(-outputs // 32) * inputs)
         case _:
             return _Work(kept, kept * (size + 4) + 4 * (outputs + 1), kept)
+
+
+def _filled(columns: float, panels: int, step: int) -> float:
+    """Columns that panels walk over, with what fills up the last step of each: they are taken to keep equally many."""
+    return math.ceil(columns / panels / step) * step * panels
 
 
 def _block(facts: WeightFacts, size: int, allowed: Collection[str] | None) -> Detection | None:

@@ -58,6 +58,15 @@ def test_products_agree_at_ragged_sizes_in_any_order_of_threads(kernel):
         assert_equal(y, reference(weight, x, bias, activation), kernel.dtype)
 
 
+@pytest.mark.parametrize("name", ["panel_sparse_v16_int8", "panel_v16_int8", "rows_int8", "rows_token_t1_int8"])
+def test_sums_of_int8_are_exact_where_those_of_float32_are_not(name):
+    weight, x = torch.full((3, 1501), 127, dtype=torch.int8), torch.full((1, 1501), 127, dtype=torch.int8)
+    y, failure = linear(NAMED[name], weight, x)
+    assert failure == ""
+    assert y.tolist() == [[127 * 127 * 1501] * 3]
+    assert int(np.float32(127 * 127 * 1501)) != 127 * 127 * 1501
+
+
 @pytest.mark.parametrize("activation", range(len(ACTIVATIONS)), ids=ACTIVATIONS)
 def test_activations_follow_the_bias(activation):
     weight, x, bias = torch.eye(16), torch.linspace(-4, 4, 64).reshape(4, 16), torch.full((16,), 0.25)

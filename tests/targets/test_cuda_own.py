@@ -152,8 +152,8 @@ def test_packed_bytes_are_those_of_the_packed_weight(pattern: str, dtype: torch.
         kernel = own.kernel_of(candidate, dtype)
         assert kernel is not None
         nbytes = sum(value.numel() * value.element_size() for value in kernel.pack(weight).values())
-        # Steps of the panels are filled up.
-        assert own.packed_bytes(candidate, facts, dtype.itemsize) == pytest.approx(nbytes, rel=0.25)
+        # The last step of a panel is filled up, and panels are taken to keep equally many columns.
+        assert own.packed_bytes(candidate, facts, dtype.itemsize) == pytest.approx(nbytes, rel=0.2)
         seen.add(candidate.kernel)
     assert {"panel", "rows", "rows_token"} <= seen
 
