@@ -139,7 +139,7 @@ class SiteChoice:
     @property
     def dense_bytes(self) -> int:
         """Bytes of the weight as the model holds it."""
-        return self.shape[0] * self.shape[1] * {"float64": 8, "bfloat16": 2, "float16": 2}.get(self.dtype, 4)
+        return self.shape[0] * self.shape[1] * {"float64": 8, "bfloat16": 2, "float16": 2, "int8": 1}.get(self.dtype, 4)
 
     @property
     def packed_bytes(self) -> int | None:
