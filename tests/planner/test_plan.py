@@ -100,7 +100,7 @@ def test_costs_and_bytes() -> None:
     assert choice.dense_us == 640.0
     assert choice.chosen_us == 300.25
     assert choice.dense_bytes == 3072 * 768 * 2
-    assert site(dtype="int8").dense_bytes == 3072 * 768
+    assert replace(choice, dtype="int8").dense_bytes == 3072 * 768
     assert choice.packed_bytes == 2500000
     assert site(chosen=DENSE).packed_bytes is None
 
