@@ -192,6 +192,11 @@ def either(a: Expr, b: Expr) -> Expr:
     return _tirx().Or(a, b)
 
 
+def negate(a: Expr) -> Expr:
+    """Whether a scalar condition does not hold."""
+    return _tirx().Not(a)
+
+
 def first_lanes(vector: Expr, count: Expr, lanes: int) -> Expr:
     """The first lanes of a vector of float32; zero in the others."""
     numbers = vector_of([const(i, "int32") for i in range(lanes)])

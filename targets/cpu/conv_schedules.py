@@ -99,7 +99,7 @@ def call(
         image_tiles = math.ceil(geometry.length / tile)
         tiles = images * image_tiles if whole else math.ceil(images * geometry.length / tile)
         least = min(chunks, math.ceil(4 * tile * group_rows / (L2_SHARE * caches.l2)))
-        splits = _splits(tiles * groups, chunks, threads, least)
+        splits = row_splits(tiles * groups, chunks, threads, least)
         direct = whole and reads_in_place(level, geometry, count, block, caches.l1)
         return ConvCall(count, whole, direct, tiles, image_tiles, splits, tiles * groups * splits)
 
@@ -136,7 +136,7 @@ def depthwise_schedule(level: Level, layout: Layout, window: Window, maps: Maps)
     return DepthwiseSchedule(level.lanes, vectors, window.stride[1] if window.stride[1] <= 2 else 0)
 
 
-def _splits(tiles: int, chunks: int, threads: int, least: int) -> int:
+def row_splits(tiles: int, chunks: int, threads: int, least: int) -> int:
     """The fewest splits of the rows that keep all threads about evenly busy."""
     best, best_share = least, float("inf")
     for splits in range(least, max(least, min(chunks, threads)) + 1):

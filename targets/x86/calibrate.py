@@ -130,8 +130,9 @@ def _measure(level_name: str, deadline: float) -> dict[str, list[tuple[cost.Quan
         "dense_few": _cases("dense", MEMORY_SHAPES + SHAPES, (1.0,), (2, 4, 8, 12)),
         "panel_one": _cases("panel", MEMORY_SHAPES, DENSITIES, (1,)),
         "skip": skip_cases(MEMORY_SHAPES + SHAPES),
-        "conv": conv_cases(True, machine),
-        "dense_conv": conv_cases(False, machine),
+        "conv": conv_cases("conv", machine),
+        "conv_strips": conv_cases("conv_strips", machine),
+        "dense_conv": conv_cases("dense", machine),
         "depthwise": depthwise_cases(DEPTHWISE),
         "dense_depthwise": depthwise_cases(DENSE),
     }

@@ -35,7 +35,9 @@ SHAPES = (
     (128, 128, 28, 3, 1),
     (256, 256, 14, 3, 1),
     (512, 512, 7, 3, 1),
+    (512, 1024, 28, 1, 2),
     (128, 128, 56, 3, 2),
+    (256, 256, 28, 3, 2),
     (32, 32, 112, 3, 1),
     (32, 64, 28, 5, 1),
     (3, 64, 224, 7, 2),
@@ -45,8 +47,12 @@ DEPTHWISE_SHAPES = (
     (96, 112, 3, 2),
     (144, 56, 5, 2),
     (240, 28, 5, 1),
+    (144, 56, 3, 1),
+    (240, 28, 3, 2),
     (480, 14, 3, 1),
     (672, 14, 5, 1),
+    (672, 14, 5, 2),
+    (1152, 7, 3, 1),
     (1152, 7, 5, 1),
     (512, 14, 3, 2),
 )
@@ -101,10 +107,11 @@ def _case(candidate: Candidate, weight: Tensor, window: Window, size: int) -> Co
     return ConvCase(candidate, Problem(facts, maps.positions(window), 1, window=window, maps=maps), weight)
 
 
-def conv_cases(sparse: bool, machine: Machine) -> Iterator[ConvCase]:
-    """The grid in a fixed random order, again and again."""
+def conv_cases(kernel: str, machine: Machine) -> Iterator[ConvCase]:
+    """The grid in a fixed random order, again and again; for `conv_strips` what it is for."""
     order = random.Random(0)
-    grid = list(itertools.product(SHAPES, DENSITIES if sparse else (1.0,)))
+    shapes = [shape for shape in SHAPES if kernel != "conv_strips" or shape[3] > 1 or shape[4] > 1]
+    grid = list(itertools.product(shapes, (1.0,) if kernel == "dense" else DENSITIES))
     generator = torch.Generator().manual_seed(0)
     while True:
         order.shuffle(grid)
@@ -114,5 +121,5 @@ def conv_cases(sparse: bool, machine: Machine) -> Iterator[ConvCase]:
                 weight *= torch.rand(weight.shape, generator=generator) < density
             window = Window((taps, taps), (stride, stride), (taps // 2, taps // 2))
             widest = order.choice(conv_schedules.widest(machine.level))
-            candidate = Candidate("conv", "unstructured", (("vectors", widest),)) if sparse else DENSE
+            candidate = DENSE if kernel == "dense" else Candidate(kernel, "unstructured", (("vectors", widest),))
             yield _case(candidate, weight, window, size)

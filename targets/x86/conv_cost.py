@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from sparsecomp.kernels import conv_strips
 from sparsecomp.kernels.conv_geometry import Geometry
-from sparsecomp.kernels.depthwise import Layout
 from sparsecomp.targets.base import Candidate, Problem
 from sparsecomp.targets.cpu import conv_schedules as schedules
+from sparsecomp.targets.cpu import strip_schedules
 from sparsecomp.targets.cpu.counts import ACTIVATION_COST, shared_loads
 from sparsecomp.targets.x86.cost import Machine, Quantities, traffic
 
@@ -17,10 +18,12 @@ def quantities(machine: Machine, candidate: Candidate, problem: Problem) -> tupl
     window = problem.window
     if window is not None and window.is_depthwise(problem.facts.in_features):
         name = "dense_depthwise" if candidate.is_dense else "depthwise"
-        counted = _depthwise(problem, candidate.is_dense)
+        counted = _dense_depthwise(problem) if candidate.is_dense else _depthwise(machine, problem)
+    elif candidate.is_dense:
+        name, counted = "dense_conv", _dense(machine, problem)
     else:
-        name = "dense_conv" if candidate.is_dense else "conv"
-        counted = _dense(machine, problem) if candidate.is_dense else _sparse(machine, candidate, problem)
+        name, counter = candidate.kernel, _strips if candidate.kernel == "conv_strips" else _sparse
+        counted = counter(machine, candidate, problem)
     values = problem.tokens * problem.facts.out_features * ACTIVATION_COST[problem.activation] / problem.threads
     counted["activations"] = values
     if candidate.is_dense and (problem.activation != "none" or problem.residual):
@@ -64,6 +67,39 @@ def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     }
 
 
+def _strips(machine: Machine, candidate: Candidate, problem: Problem) -> Quantities:
+    facts, level, window, maps = problem.facts, machine.level, problem.window, problem.maps
+    if window is None or maps is None:
+        raise ValueError("a convolution is priced for a window and maps, and the problem has none")
+    widest = dict(candidate.params)["vectors"]
+    shape = (facts.out_features, facts.in_features)
+    packing = strip_schedules.packing(level, shape, window, widest, machine.caches.l1)
+    if packing is None:
+        raise ValueError(f"there is no kernel in strips for a window {window}")
+    rows = shape[0] // window.groups
+    call = strip_schedules.call(level, window, maps, rows, widest, problem.threads, machine.caches)
+    blocks = math.ceil(shape[1] // window.taps / packing.block)
+    passes = call.tiles * call.share(problem.threads)
+    channels = passes * call.splits * window.groups * shape[1] // window.taps
+    packed = channels * window.kernel[1] * conv_strips.rows_read(window, call.vectors)
+    loads = facts.nonzeros - shared_loads(facts)
+    quads = math.ceil(rows / 4) * window.groups * blocks
+    narrow = window.output(maps.height, maps.width)[1] < level.lanes
+    return {
+        "multiply": passes * facts.nonzeros * call.vectors,
+        "load": passes * loads * call.vectors,
+        "step": passes * loads,
+        "quad": passes * quads,
+        "sums": passes * shape[0] * blocks * call.vectors,
+        "channel": channels,
+        "pack": packed,
+        "pack_step": packed if window.stride[1] > 1 else 0.0,
+        "pieces": passes * shape[0] * call.vectors if narrow else 0.0,
+        **traffic(machine, 6 * facts.nonzeros + 32 * quads, passes, problem.threads),
+        "call": 1.0,
+    }
+
+
 def _dense(machine: Machine, problem: Problem) -> Quantities:
     facts, window, maps = problem.facts, problem.window, problem.maps
     if window is None or maps is None:
@@ -86,19 +122,38 @@ def _dense(machine: Machine, problem: Problem) -> Quantities:
     }
 
 
-def _depthwise(problem: Problem, dense: bool) -> Quantities:
+def _dense_depthwise(problem: Problem) -> Quantities:
     window, maps, share = problem.window, problem.maps, 1 / problem.threads
     if window is None or maps is None:
         raise ValueError("a convolution is priced for a window and maps, and the problem has none")
     height, width = window.output(maps.height, maps.width)
     outputs = maps.images * problem.facts.out_features * share
-    # The library's form pads channels, ours the rows of a map.
-    pitch = width if dense else Layout.of(window, maps).pitch
     return {
-        "multiply": outputs * height * pitch * window.taps,
+        "multiply": outputs * height * width * window.taps,
         "input": outputs * maps.height * maps.width,
         "output": outputs * height * width,
         "row": outputs * (height + maps.height),
         "channel": outputs,
+        "call": 1.0,
+    }
+
+
+def _depthwise(machine: Machine, problem: Problem) -> Quantities:
+    window, maps = problem.window, problem.maps
+    if window is None or maps is None:
+        raise ValueError("a convolution is priced for a window and maps, and the problem has none")
+    height, width = window.output(maps.height, maps.width)
+    schedule = strip_schedules.depthwise(machine.level, window, maps)
+    outputs = maps.images * problem.facts.out_features / problem.threads
+    tiles = outputs * math.ceil(height / schedule.rows) * math.ceil(width / schedule.lanes)
+    loads = tiles * window.kernel[1] * len(schedule.loads)
+    return {
+        "multiply": tiles * schedule.rows * window.taps,
+        "load": loads,
+        "load_step": loads if window.stride[1] > 1 else 0.0,
+        "store": tiles * schedule.rows,
+        "pieces": tiles * schedule.rows if schedule.piece < schedule.lanes else 0.0,
+        "tile": tiles,
+        "input": outputs * maps.height * maps.width,
         "call": 1.0,
     }

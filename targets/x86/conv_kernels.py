@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecomp.kernels import conv, conv_open, depthwise
+from sparsecomp.kernels import conv, conv_open, conv_strips, depthwise_strips
 from sparsecomp.kernels.conv_geometry import Geometry, table
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, function_of
 from sparsecomp.targets.base import ConvEpilogue, ConvKernel
 from sparsecomp.targets.cpu import conv_schedules as schedules
+from sparsecomp.targets.cpu import strip_schedules
 from sparsecomp.targets.cpu.level import Level
 from sparsecomp.targets.cpu.schedules import spread as weight_spread
 from sparsecomp.targets.x86.cpu import caches
@@ -123,22 +124,51 @@ class X86ConvKernel(_X86Kernel):
         return Launch(function, weights, dims, maps.images * channels, threads, 0)
 
 
+class X86StripsKernel(_X86Kernel):
+    """Unstructured weights of convolutions, for tiles of at most so many rows."""
+
+    def __init__(self, level: Level, weight: Tensor, window: Window, vectors: int) -> None:
+        weight = weight.detach().reshape(*weight.shape[:2], *window.kernel)
+        shape = (weight.shape[0], weight.shape[1] * window.taps)
+        found = strip_schedules.packing(level, shape, window, vectors, caches().l1)
+        if found is None:
+            raise ValueError(f"there is no kernel in strips for a window {window}")
+        matrix = conv_strips.arrange(weight, window, found.block, found.pitch)
+        blocks = -(-weight.shape[1] // found.block)
+        packed = QuadWeight.pack(matrix, chunk=found.chunk, block=matrix.shape[1] // blocks, groups=window.groups)
+        super().__init__(level, window, Weights(conv_strips.weights(packed)), shape[0])
+        self._vectors, self._pitch = vectors, found.pitch
+        self._sizes = conv_strips.sizes_of(packed, weight.shape[1], found.block)
+
+    def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
+        window, threads, level = self._window, torch.get_num_threads(), self._level
+        cut = strip_schedules.call(level, window, maps, self._sizes["group_rows"], self._vectors, threads, caches())
+        piece = strip_schedules.piece(level, window.output(maps.height, maps.width)[1])
+        form = (piece, self._pitch, window.kernel, window.stride, window.dilation)
+        schedule = conv_strips.StripSchedule(level.lanes, cut.vectors, weight_spread(level), *form)
+        after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
+        function = self._function("conv_strips", f"{schedule!r} {after!r}", lambda: conv_strips.build(schedule, after))
+        dims = conv_strips.dims(schedule, self._sizes, window, maps, cut.splits)
+        scratch = conv_strips.scratch_floats(schedule, self._sizes, cut.splits)
+        return _Call(Launch(function, self._weights, dims, cut.items, threads, scratch), None, ())
+
+
 class X86DepthwiseKernel(_X86Kernel):
     """Dense depthwise convolutions, channels first."""
 
     def __init__(self, level: Level, weight: Tensor, window: Window) -> None:
         values = weight.detach().to(torch.float32).flatten(1).contiguous().numpy()
         super().__init__(level, window, Weights([values]), weight.shape[0])
-        self._values, self._outputs = values, weight.shape[0]
+        self._outputs = weight.shape[0]
 
     def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
         window, threads = self._window, torch.get_num_threads()
-        layout = depthwise.Layout.of(window, maps)
-        schedule = schedules.depthwise_schedule(self._level, layout, window, maps)
+        schedule = strip_schedules.depthwise(self._level, window, maps)
         after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
-        function = self._function("depthwise", f"{schedule!r} {after!r}", lambda: depthwise.build(schedule, after))
-        dims = depthwise.dims(schedule, layout, window, maps, self._outputs)
-        weights = Weights([self._values, layout.distances, layout.phases])
-        scratch = depthwise.scratch_floats(schedule, layout, window.output(maps.height, maps.width)[0])
-        launch = Launch(function, weights, dims, maps.images * self._outputs, threads, scratch)
+        function = self._function(
+            "depthwise", f"{schedule!r} {after!r}", lambda: depthwise_strips.build(schedule, after)
+        )
+        dims = depthwise_strips.dims(window, maps, self._outputs)
+        scratch = depthwise_strips.scratch_floats(schedule)
+        launch = Launch(function, self._weights, dims, maps.images * self._outputs, threads, scratch)
         return _Call(launch, None, ())

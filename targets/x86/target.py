@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sparsecomp.kernels import depthwise_strips
 from sparsecomp.patterns import Pattern
 from sparsecomp.targets.base import (
     DENSE,
@@ -23,10 +24,10 @@ from sparsecomp.targets.base import (
     WeightFacts,
     label_of,
 )
-from sparsecomp.targets.cpu import conv_schedules, schedules
+from sparsecomp.targets.cpu import conv_schedules, schedules, strip_schedules
 from sparsecomp.targets.skip import SkipRows, SkipSpec
 from sparsecomp.targets.x86 import calibration, conv_cost, cost
-from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel
+from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel, X86StripsKernel
 from sparsecomp.targets.x86.cpu import LEVELS, best_level, caches, cpu_name, facts, flags, level, supported
 from sparsecomp.targets.x86.kernels import GatherKernel, MaskKernel, PanelKernel, RowsKernel
 from sparsecomp.targets.x86.skip_kernels import X86Rows, X86SkipKernel
@@ -149,22 +150,28 @@ class X86Target(Target):
     ) -> list[Candidate]:
         """See `Target.conv_candidates`."""
         if window.is_depthwise(facts.in_features):
-            return [DENSE, DEPTHWISE]
+            return [DENSE, DEPTHWISE] if depthwise_strips.supports(window) else [DENSE]
         label = label_of(facts, None, allowed)
         if label is None or not facts.nonzeros < facts.out_features * facts.in_features:
             return [DENSE]
         widest = conv_schedules.widest(self._level)
-        return [DENSE, *(Candidate("conv", label, (("vectors", vectors),)) for vectors in widest)]
+        found = [Candidate("conv", label, (("vectors", vectors),)) for vectors in widest]
+        if window.taps > 1 or window.stride != (1, 1):
+            shape, l1 = (facts.out_features, facts.in_features), self._machine.caches.l1
+            packed = {v: strip_schedules.packing(self._level, shape, window, v, l1) for v in widest}
+            found += [Candidate("conv_strips", label, (("vectors", v),)) for v in widest if packed[v] is not None]
+        return [DENSE, *found]
 
     def prepare_conv(self, candidate: Candidate, weight: Tensor, window: Window) -> ConvKernel:
         """See `Target.prepare_conv`."""
         if candidate == DEPTHWISE:
             return X86DepthwiseKernel(self._level, weight, window)
-        if candidate.kernel != "conv":
+        if candidate.kernel not in ("conv", "conv_strips"):
             return super().prepare_conv(candidate, weight, window)
         if candidate.pattern != "unstructured" and not Pattern.parse(candidate.pattern).check(weight.flatten(1)):
             raise ValueError(f"the weight {tuple(weight.shape)} does not satisfy the pattern of {candidate}")
-        return X86ConvKernel(self._level, weight, window, dict(candidate.params)["vectors"])
+        kind = X86ConvKernel if candidate.kernel == "conv" else X86StripsKernel
+        return kind(self._level, weight, window, dict(candidate.params)["vectors"])
 
     def skip_rows(self, matrix: Tensor) -> X86Rows:
         """See `Target.skip_rows`; packed with a bit mask where that makes it enough smaller."""

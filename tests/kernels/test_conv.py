@@ -5,54 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conv_cases import check, expected, random_weight, windows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Guarded, close, needs_avx2, needs_x86
+from kernel_cases import close, needs_avx2, needs_x86
 
 from sparsecomp.kernels import conv
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.quads import QuadWeight
-from sparsecomp.targets.base import ConvEpilogue, ConvKernel
+from sparsecomp.targets.base import ConvEpilogue
 from sparsecomp.targets.cpu.conv_schedules import call, packing
-from sparsecomp.targets.x86.conv_kernels import X86ConvKernel, X86DepthwiseKernel
+from sparsecomp.targets.x86.conv_kernels import X86ConvKernel
 from sparsecomp.targets.x86.cpu import best_level, caches, level
 from sparsecomp.window import Maps, Window, convolve
-
-pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
-windows = st.builds(
-    Window,
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stride=pairs,
-    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    groups=st.integers(1, 3),
-    extra=st.tuples(st.integers(0, 1), st.integers(0, 1)),
-)
-
-
-def random_weight(outputs: int, inputs: int, window: Window, density: float = 0.4) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(outputs + 10 * inputs)
-    values = torch.randn(outputs, inputs, *window.kernel, generator=generator)
-    return values * (torch.rand(values.shape, generator=generator) < density)
-
-
-def expected(
-    x: torch.Tensor, weight: torch.Tensor, window: Window, terms: torch.Tensor, residual: torch.Tensor | None
-) -> torch.Tensor:
-    shift, scale = terms.reshape(2, -1, 1, 1)
-    value = convolve(x, weight, window) * scale + shift
-    return torch.relu(value if residual is None else value + residual)
-
-
-def check(kernel: ConvKernel, x: torch.Tensor, weight: torch.Tensor, window: Window, *, residual: bool) -> None:
-    terms = torch.randn(2 * weight.shape[0], generator=torch.Generator().manual_seed(1))
-    shape = (x.shape[0], weight.shape[0], *window.output(x.shape[2], x.shape[3]))
-    added = torch.randn(shape, generator=torch.Generator().manual_seed(2)) if residual else None
-    out = Guarded(shape)
-    kernel.run(x, terms, added, ConvEpilogue("relu", True), out.tensor)
-    out.check()
-    close(out.tensor, expected(x, weight, window, terms, added))
 
 
 @given(window=windows, size=st.tuples(st.integers(1, 9), st.integers(1, 9)), images=st.integers(1, 2))
@@ -148,23 +114,6 @@ def test_what_lies_outside_of_the_map_has_no_influence() -> None:
     out = torch.empty(1, 4, 8, 8)
     X86ConvKernel(level(best_level()), weight, window, 2).run(x, None, None, ConvEpilogue(), out)
     close(out, convolve(x[:, :1], weight[:, :1], window))
-
-
-@needs_x86
-@settings(max_examples=25)
-@given(
-    window=windows,
-    size=st.tuples(st.integers(1, 24), st.integers(1, 40)),
-    images=st.integers(1, 2),
-    channels=st.integers(2, 5),
-    multiplier=st.integers(1, 2),
-)
-def test_depthwise_is_torch(window: Window, size: tuple[int, int], images: int, channels: int, multiplier: int) -> None:
-    window = Window(window.kernel, window.stride, window.padding, window.dilation, channels, window.extra)
-    assume(min(window.output(*size)) > 0)
-    weight = random_weight(channels * multiplier, 1, window, 1.0)
-    x = torch.randn(images, channels, *size, generator=torch.Generator().manual_seed(0))
-    check(X86DepthwiseKernel(level(best_level()), weight, window), x, weight, window, residual=True)
 
 
 @needs_x86

@@ -102,7 +102,7 @@ def test_shipped_prices_have_the_names_of_the_quantities(level: str) -> None:
             seen.add(model)
     window, maps = Window((3, 3), (2, 2), (1, 1)), Maps(1, 9, 9)
     problem = Problem(FACTS[33, 47][3], maps.positions(window), 1, window=window, maps=maps)
-    for candidate in (DENSE, Candidate("conv", "unstructured", (("vectors", 2),))):
+    for candidate in (DENSE, *(Candidate(name, "unstructured", (("vectors", 2),)) for name in ("conv", "conv_strips"))):
         model, counted = conv_cost.quantities(machine, candidate, problem)
         assert set(SHIPPED[level][model]) == set(counted), model
         seen.add(model)
