@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable
@@ -11,24 +12,27 @@ import torch
 from sparsecomp.patterns import Pattern
 from sparsecomp.planner.measure import measure
 from sparsecomp.targets.base import Problem, WeightFacts
-from sparsecomp.targets.cuda.target import CudaTarget, scales_of
+from sparsecomp.targets.cuda.target import CudaTarget, scale_name, scales_of
 from sparsecomp.targets.scales import save
 
 LINEARS = ((1024, 1024), (4096, 1024), (2048, 2048))
 """Inputs and outputs."""
 TOKENS = (1, 4, 128, 2048)
+DTYPES = (torch.float16, torch.int8, torch.float32)
+_INT_MM = 17
+"""Tokens that PyTorch's dense product of int8 takes at least on a card."""
 _PATTERNS = ("2:4", "32:1:4", "64x64@0.8", "unstructured@0.9")
 
 
 def calibrate(target: CudaTarget, linears: Iterable[tuple[int, int]] = LINEARS) -> dict[str, tuple[float, int]]:
-    """Measure in float16 every kernel that is priced, and keep a factor for each.
+    """Measure every kernel that is priced in float16, int8 and float32, and keep a factor for each.
 
     Args:
         target: of this machine.
         linears: see `LINEARS`.
 
     Returns:
-        By kernel, as `Candidate.kernel` calls it, the factor, and from how many calls it is the median.
+        By `scale_name` the factor, and from how many calls it is the median.
 
     Raises:
         ValueError: the target is of no card of this machine.
@@ -41,13 +45,16 @@ def calibrate(target: CudaTarget, linears: Iterable[tuple[int, int]] = LINEARS) 
     for inputs, outputs in linears:
         for text in _PATTERNS:
             weight = Pattern.parse(text).project(torch.randn(outputs, inputs, generator=generator))
-            facts, weight = WeightFacts.of(weight), weight.half().to(target.device)
-            for tokens in TOKENS:
-                problem = Problem(facts, tokens, threads=1, dtype=torch.float16)
+            facts = WeightFacts.of(weight)
+            for dtype, tokens in itertools.product(DTYPES, TOKENS):
+                if dtype == torch.int8 and tokens < _INT_MM:
+                    continue
+                typed = (127 * weight.sign() if dtype == torch.int8 else weight).to(dtype)
+                problem = Problem(facts, tokens, threads=1, dtype=dtype)
                 predicted = {found: plain.predict(found, problem) for found in plain.candidates(facts)}
                 priced = {found: us for found, us in predicted.items() if us < math.inf}
-                for candidate, us in measure(priced, weight, problem, target).items():
-                    ratios.setdefault(candidate.kernel, []).append(us / priced[candidate])
-    found = {kernel: (statistics.median(values), len(values)) for kernel, values in ratios.items()}
-    save(scales_of(target.card), {kernel: factor for kernel, (factor, _) in found.items()})
+                for candidate, us in measure(priced, typed.to(target.device), problem, target).items():
+                    ratios.setdefault(scale_name(candidate.kernel, dtype), []).append(us / priced[candidate])
+    found = {name: (statistics.median(values), len(values)) for name, values in ratios.items()}
+    save(scales_of(target.card), {name: factor for name, (factor, _) in found.items()})
     return found

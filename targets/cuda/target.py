@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsecomp.targets import scales as kept
 from sparsecomp.targets.base import DENSE, Candidate, DeviceKernel, Problem, Target, WeightFacts
 from sparsecomp.targets.cuda import cost, own
-from sparsecomp.targets.cuda.cards import Card, card, card_here, card_names
+from sparsecomp.targets.cuda.cards import RATES, Card, card, card_here, card_names
 from sparsecomp.targets.cuda.ffn import CudaRows, FfnThreshold
 from sparsecomp.targets.cuda.kernels import CompiledKernel, SemiStructured
 from sparsecomp.targets.skip import SkipRows, SkipSpec
@@ -44,12 +44,18 @@ def scales_of(found: Card) -> str:
     return f"cuda-{found.name}"
 
 
+def scale_name(kernel: str, dtype: torch.dtype) -> str:
+    """The name of a kernel's factor for an element type: those of 16 bits share one, the kernel's own."""
+    return kernel if RATES[dtype] == "half" else f"{kernel}, {RATES[dtype]}"
+
+
 class CudaTarget(Target):
     """An NVIDIA card.
 
     Args:
         card: the card.
-        scales: by kernel, what it was measured to take over what is predicted; 1 where it is not there.
+        scales: by `scale_name`, what a kernel was measured to take over what is predicted. Where a type has none, that
+            of 16 bits counts, and 1 where there is none of these either.
     """
 
     device = "cuda"
@@ -92,7 +98,9 @@ class CudaTarget(Target):
 
         What `own` offers is estimated, no card has run these kernels; `sparsecomp calibrate` scales the prices.
         """
-        return self._scales.get(candidate.kernel, 1.0) * self._predict(candidate, problem)
+        us = self._predict(candidate, problem)
+        name = candidate.kernel
+        return us * self._scales.get(scale_name(name, problem.dtype), self._scales.get(name, 1.0))
 
     def _predict(self, candidate: Candidate, problem: Problem) -> float:
         if problem.tokens == 0:
