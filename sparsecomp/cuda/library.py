@@ -16,7 +16,7 @@ MATRIX = ("x", "bias", "y", "outputs", "inputs", "tokens", "stride", "activation
 FEW = ("x", "bias", "y", "outputs", "inputs", "tokens", "activation")
 TILE = 64
 """Tokens of a block, in all kernels for many tokens."""
-UNITS = 64
+UNITS = 32
 """Hidden units of a block of ``ffn_hidden``."""
 MAX_SHARED = 99 * 1024
 """Bytes of shared memory that a block may have on every architecture (sm_86 and sm_89 have the least: CUDA C++
@@ -133,7 +133,7 @@ class CudaFfn:
 
     def launch_down(self, outputs: int) -> Launch:
         """The geometry of the second kernel."""
-        return Launch((-(-outputs // 32), 1, 1), (256, 1, 1))
+        return Launch((-(-outputs // 32), 1, 1), (1024, 1, 1))
 
 
 def _fits(name: str, shared: int) -> int:

@@ -189,7 +189,9 @@ def predict_ffn_us(
     # Every block reads x, or the numbers and values of all units that stay.
     beside = launch.grid[0] * (8 * inputs * kept if by_input else size * inputs)
     us = _blocks_us(card, dtype, entry, launch, taken, entries, size * entries + beside)
-    floor = memory_us(card, size * (entries + inputs + outputs))
+    # What is read of a weight that no cache holds as a whole comes from memory: other units stay for the next token.
+    whole = size * outputs * inputs
+    floor = memory_us(card, whole) * (size * (entries + inputs + outputs) / whole)
     return card.library(dtype, sparse=False).base + max(us, floor)
 
 

@@ -245,10 +245,13 @@ def test_other_forms_are_declined_by_name() -> None:
     assert "does not skip input:0.5: target cuda:h100 skips relu and threshold alone" in reasons["mlp.up_proj"]
 
 
-@pytest.mark.parametrize(("name", "wins"), [("l4", True), ("h100", False)])
-def test_the_price_decides_also_for_a_model_that_nobody_has(name: str, wins: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "width", "hidden", "wins"),
+    [("l4", 4096, 14336, True), ("h100", 4096, 14336, True), ("h100", 576, 1536, False)],
+)
+def test_the_price_decides_also_for_a_model_that_nobody_has(name: str, width: int, hidden: int, wins: bool) -> None:
     with torch.device("meta"):
-        model, x = Model(width=4096, hidden=14336).half(), torch.empty(1, 4096, dtype=HALF)
+        model, x = Model(width=width, hidden=hidden).half(), torch.empty(1, width, dtype=HALF)
     report = sparsecomp.explain(model, x, options={"skip": skips()}, target=f"cuda:{name}")
     for site in report:
         assert site.chosen.kernel == ("skip_threshold" if wins else "dense")

@@ -2,14 +2,16 @@
 //   g = act(gate x + gate_bias);  units with |g| > threshold survive;  h = g (up x + up_bias), or g where up is null
 //   y = down h + bias
 //
-// ffn_hidden: a block computes g of 64 units, puts the numbers of the survivors one behind the other, and then h of
-// those alone. ffn_down: a block sums the columns of the survivors for 32 outputs.
+// ffn_hidden: a block computes g of 32 units, puts the numbers of the survivors one behind the other, and then h of
+// those alone. ffn_down: a block sums the columns of the survivors for 32 outputs; there are few such blocks, so that
+// each has as many warps as it may, and each warp asks for 8 columns at once.
 // gate, up [hidden, stride], down [hidden, outputs] (its columns as rows); stride: inputs rounded up to 128, zeros there
-// places, hidden_values [64 units of each block of ffn_hidden], counts [blocks]: survivors of each
+// places, hidden_values [32 units of each block of ffn_hidden], counts [blocks]: survivors of each
 #include <device.cuh>
 
 constexpr int WARPS = 8;
-constexpr int UNITS = 64;
+constexpr int DOWN_WARPS = 32;
+constexpr int UNITS = 32;
 constexpr int OUTPUTS = 32;
 
 __device__ inline float dot(Global<const value_t> row, Shared<const value_t> along, int stride, int lane) {
@@ -64,15 +66,15 @@ ffn_hidden(Global<const value_t> gate, Global<const value_t> up, Global<const fl
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * DOWN_WARPS)
 ffn_down(Global<const value_t> down, Global<const float> bias, Global<const int> places,
          Global<const float> hidden_values, Global<const int> counts, Global<value_t> y, int hidden, int outputs) {
-    SHARED(float, parts, WARPS * OUTPUTS);
+    SHARED(float, parts, DOWN_WARPS * OUTPUTS);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, output = blockIdx.x * OUTPUTS + lane;
     float sum = 0;
-    for (int first = warp * UNITS; first < hidden; first += WARPS * UNITS) {
+    for (int first = warp * UNITS; first < hidden; first += DOWN_WARPS * UNITS) {
         const int count = counts[first / UNITS];
-#pragma unroll 4
+#pragma unroll 8
         for (int i = first; i < first + count; ++i)
             if (output < outputs)
                 sum += hidden_values[i] * to_float(down[(long long)places[i] * outputs + output]);
@@ -81,7 +83,7 @@ ffn_down(Global<const value_t> down, Global<const float> bias, Global<const int>
     __syncthreads();
     if (warp == 0 && output < outputs) {
         float total = bias ? bias[output] : 0;
-        for (int i = 0; i < WARPS; ++i) total += parts[i * OUTPUTS + lane];
+        for (int i = 0; i < DOWN_WARPS; ++i) total += parts[i * OUTPUTS + lane];
         y[output] = from_float(total);
     }
 }
