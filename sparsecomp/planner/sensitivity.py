@@ -1,6 +1,7 @@
 """What pruning one site costs the model, for every pattern: one measurement at a site, carried over to its patterns.
 
-For a site with weight W, inputs X (the calibration rows) and pruned weight W', the relative output error is
+For a site with weight W, inputs X (the calibration rows, divided as `pruning.statistics` does) and pruned weight W',
+the relative output error is
 
     e(W') = ||(W' - W) X||^2 / ||W X||^2,
 

@@ -2,6 +2,11 @@
 
 With the rows `X [R, I]` of all calls: the sum of squares and the sum of every input, and the Gram matrix `X^T X`, which
 is half the Hessian of the squared output error with respect to a row of the weight.
+
+Each row is divided by the square root of its length before it is summed. An output error grows with the length of the
+row, so that the sum of the squared errors would be that of a few long rows, the first token of a text above all. So
+divided, an error counts by its size instead of its square (the weights of iteratively reweighted least squares for a
+sum of sizes, at errors that are in proportion to the rows). docs/pruning.md has what it changes.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from sparsecomp.pruning.sites import Site
 
 @dataclass
 class Statistics:
-    """Sums over the rows that went into a weight.
+    """Sums over rows of inputs: of those that went into a weight, divided as `balanced` does.
 
     Attributes:
         rows: their number.
@@ -76,6 +81,14 @@ class Statistics:
         return self.sums / max(self.rows, 1)
 
 
+def balanced(rows: Tensor) -> Tensor:
+    """Rows `[R, I]` divided by the square roots of their root mean squares, in float32 (float64 as it is)."""
+    rows = rows.detach() if rows.dtype == torch.float64 else rows.detach().float()
+    # In float64, where the squares of no float32 overflow.
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / max(rows.shape[1], 1) ** 0.5
+    return rows * lengths.clamp_min(1e-30).rsqrt().to(rows.dtype)
+
+
 class _AllSeen(Exception):
     """Every site got its input: the rest of the call is of no interest."""
 
@@ -92,7 +105,7 @@ class _Collector:
         rows = site.kind.to_inputs(site.module, value)
         last = self._last
         if last is None or not _same(rows, last[0]) or rows._version != last[1]:
-            last = self._last = (rows, rows._version, Statistics.of(rows, gram=self._gram))
+            last = self._last = (rows, rows._version, Statistics.of(balanced(rows), gram=self._gram))
         known = self.by_weight.get(id(site.weight))
         if known is None:
             self.by_weight[id(site.weight)] = last[2].copy()

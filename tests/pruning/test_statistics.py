@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsecomp.pruning.calibration import Call
 from sparsecomp.pruning.sites import choose_sites
-from sparsecomp.pruning.statistics import collect, stages
+from sparsecomp.pruning.statistics import balanced, collect, stages
 
 
 class Attention(nn.Module):
@@ -34,7 +34,7 @@ def used(module: nn.Module, name: str) -> bool:
 def test_sums_are_those_of_all_rows(gram: bool) -> None:
     model = Attention()
     batches = [torch.randn(4, 7, 6), torch.randn(3, 6)]
-    rows = torch.cat([batch.reshape(-1, 6) for batch in batches]).double()
+    rows = balanced(torch.cat([batch.reshape(-1, 6) for batch in batches]).double())
     sites = choose_sites(model, used)
     with torch.no_grad():
         known = collect(model, [Call((batch,), {}) for batch in batches], sites, gram=gram)
@@ -63,7 +63,19 @@ def test_a_shared_weight_adds_up_all_its_inputs() -> None:
         hidden = model[1](model[0](x))
     assert list(known) == [id(model[0].weight)]
     assert known[id(model[0].weight)].rows == 10
-    torch.testing.assert_close(known[id(model[0].weight)].sums, (x.sum(0) + hidden.sum(0)).double())
+    torch.testing.assert_close(known[id(model[0].weight)].sums, (balanced(x).sum(0) + balanced(hidden).sum(0)).double())
+
+
+def test_rows_weigh_as_much_as_they_are_long() -> None:
+    rows = balanced(torch.tensor([[4.0, 4.0], [400.0, -400.0], [0.0, 0.0]]))
+    torch.testing.assert_close(rows, torch.tensor([[2.0, 2.0], [20.0, -20.0], [0.0, 0.0]]))
+    assert rows.square().sum(1).tolist() == [8.0, 800.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [1e30, 1e-30])
+def test_squares_of_balanced_rows_stay_in_range(value: float) -> None:
+    rows = balanced(torch.full((2, 4), value))
+    torch.testing.assert_close(rows.square(), torch.full((2, 4), value), rtol=1e-5, atol=0)
 
 
 def test_sixteen_bit_inputs_are_summed_in_float32() -> None:
