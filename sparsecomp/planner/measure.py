@@ -74,6 +74,12 @@ def measure(
         return _interleaved(calls, rounds, budget_s, _gpu_seconds if weight.is_cuda else _seconds)
 
 
+def call_us(call: Callable[[], object], *, on_gpu: bool) -> float:
+    """Median microseconds of a call that is made again and again, after a first one that does not count."""
+    call()
+    return _interleaved({DENSE: call}, ROUNDS, BUDGET_S, _gpu_seconds if on_gpu else _seconds)[DENSE]
+
+
 def _call(kernel: Product, x: Tensor, out: Tensor) -> Callable[[], object]:
     if isinstance(kernel, DeviceKernel):
         return lambda: kernel.product(x, None)

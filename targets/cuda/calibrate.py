@@ -8,12 +8,14 @@ import statistics
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from sparsecomp.patterns import Pattern
-from sparsecomp.planner.measure import measure
+from sparsecomp.planner.measure import call_us, measure
 from sparsecomp.targets.base import Problem, WeightFacts
-from sparsecomp.targets.cuda.target import CudaTarget, scale_name, scales_of
+from sparsecomp.targets.cuda.target import FFN_THRESHOLD, CudaTarget, scale_name, scales_of
 from sparsecomp.targets.scales import save
+from sparsecomp.targets.skip import SkipSpec
 
 LINEARS = ((1024, 1024), (4096, 1024), (2048, 2048))
 """Inputs and outputs."""
@@ -26,6 +28,8 @@ _PATTERNS = ("2:4", "32:1:4", "64x64@0.8", "unstructured@0.9")
 
 def calibrate(target: CudaTarget, linears: Iterable[tuple[int, int]] = LINEARS) -> dict[str, tuple[float, int]]:
     """Measure every kernel that is priced in float16, int8 and float32, and keep a factor for each.
+
+    The FFN that skips is measured with half of its hidden units below their thresholds.
 
     Args:
         target: of this machine.
@@ -55,6 +59,28 @@ def calibrate(target: CudaTarget, linears: Iterable[tuple[int, int]] = LINEARS) 
                 priced = {found: us for found, us in predicted.items() if us < math.inf}
                 for candidate, us in measure(priced, typed.to(target.device), problem, target).items():
                     ratios.setdefault(scale_name(candidate.kernel, dtype), []).append(us / priced[candidate])
+        for dtype in (torch.float16, torch.float32):
+            ratio = _ffn_ratio(target, plain, inputs, outputs, dtype)
+            ratios.setdefault(scale_name(FFN_THRESHOLD, dtype), []).append(ratio)
     found = {name: (statistics.median(values), len(values)) for name, values in ratios.items()}
     save(scales_of(target.card), {name: factor for name, (factor, _) in found.items()})
     return found
+
+
+def _ffn_ratio(target: CudaTarget, plain: CudaTarget, inputs: int, hidden: int, dtype: torch.dtype) -> float:
+    """What an FFN takes of which every other hidden unit is skipped, over what is predicted."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(target.device, dtype)
+
+    gate, up, down, x = random(hidden, inputs), random(hidden, inputs), random(hidden, inputs), random(1, inputs)
+    thresholds = torch.tensor([-1.0, math.inf]).repeat(-(-hidden // 2))[:hidden]
+    spec = SkipSpec("units", (inputs, hidden, inputs), (thresholds,), "silu", gated=True)
+    kernel = target.prepare_skip(spec, [target.skip_rows(rows) for rows in (gate, up, down)])
+    us = call_us(lambda: kernel.run(x, (None, None, None)), on_gpu=x.is_cuda)
+    shapes = ((hidden, inputs, 1.0, False), (hidden, inputs, 0.5, False), (inputs, hidden, 0.5, True))
+    return us / sum(
+        plain.predict_skip(WeightFacts.assumed(rows, columns, Pattern("dense")), kept, 1, 1, dtype, by_input)
+        for rows, columns, kept, by_input in shapes
+    )

@@ -20,6 +20,8 @@ SEMI = Candidate("semi_structured", "2:4")
 """PyTorch's semi-structured products: cuSPARSELt."""
 
 
+FFN_THRESHOLD = "ffn_threshold"
+"""What the factor of an FFN that skips is kept under."""
 def names() -> tuple[str, ...]:
     """The targets of this family; `cuda` is the card of this machine."""
     return ("cuda", *(f"cuda:{name}" for name in card_names()))
@@ -98,9 +100,10 @@ class CudaTarget(Target):
 
         What `own` offers is estimated, no card has run these kernels; `sparsecomp calibrate` scales the prices.
         """
-        us = self._predict(candidate, problem)
-        name = candidate.kernel
-        return us * self._scales.get(scale_name(name, problem.dtype), self._scales.get(name, 1.0))
+        return self._predict(candidate, problem) * self._scale(candidate.kernel, problem.dtype)
+
+    def _scale(self, name: str, dtype: torch.dtype) -> float:
+        return self._scales.get(scale_name(name, dtype), self._scales.get(name, 1.0))
 
     def _predict(self, candidate: Candidate, problem: Problem) -> float:
         if problem.tokens == 0:
@@ -142,7 +145,7 @@ class CudaTarget(Target):
     ) -> float:
         """See `Target.predict_skip`: of a linear of an FFN, estimated; a launch is counted for each of them."""
         us = own.predict_ffn_us(self.card, facts, kept, tokens, dtype, by_input)
-        return self._scales.get("ffn_threshold", 1.0) * us
+        return us * self._scale(FFN_THRESHOLD, dtype)
 
     def skip_rows(self, matrix: Tensor) -> CudaRows:
         """See `Target.skip_rows`."""
