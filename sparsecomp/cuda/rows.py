@@ -107,9 +107,14 @@ def pack_ffn(gate: Tensor, up: Tensor | None, down: Tensor) -> dict[str, Tensor]
 
 
 def _padded(weight: Tensor) -> Tensor:
-    """With the columns that bring it to a multiple of 128; a weight that is one is used as it is."""
+    """With the columns that bring it to a multiple of 128; a weight that has these is used as it is.
+
+    The kernels read four values at once, so what begins elsewhere than at a multiple of 16 bytes is copied.
+    """
     missing = -weight.shape[1] % 128
-    return functional.pad(weight, (0, missing)) if missing else weight.contiguous()
+    if missing:
+        return functional.pad(weight, (0, missing))
+    return weight.clone(memory_format=torch.contiguous_format) if weight.data_ptr() % 16 else weight.contiguous()
 
 
 def _check(weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -176,6 +176,9 @@ def test_weights_that_lie_as_the_kernels_want_them_are_not_copied() -> None:
         wide = [CudaRows(value) for value in (gate[:, :100], up[:, :100].contiguous(), down.t().contiguous().t())]
         assert [row.nbytes for row in wide] == [4 * 40 * 100, 0, 4 * 40 * 24]
         assert FfnThreshold(replace(spec, sizes=(100, 40, 24)), wide, "sm_90").nbytes == 2 * 4 * 40 * 128
+        # Four values are read at once: a weight that is not aligned for that is copied.
+        odd = CudaRows(torch.randn(40 * 128 + 1)[1:].view(40, 128))
+        assert FfnThreshold(spec, [odd, *rows[1:]], "sm_90").nbytes == 4 * 40 * 128
 
 
 def test_the_op_that_graphs_see_has_the_shape_type_and_device_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
