@@ -55,6 +55,7 @@ class Card:
         peak: TFLOPS (or TOPS) of dense products, by the names of `RATES`.
         libraries: the dense and the 2:4 one, by the names of `RATES` without float32.
         measured: whether `libraries` come from measurements of this card.
+        streamed: whether weights come from memory each time, since those of a model are more than the L2 cache holds.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Card:
     peak: dict[str, float]
     libraries: dict[str, tuple[Library, Library]]
     measured: bool
+    streamed: bool = False
 
     def library(self, dtype: torch.dtype, sparse: bool) -> Library:
         """The library for an element type; float32 is taken to be as float16, but on the CUDA cores."""

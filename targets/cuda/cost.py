@@ -46,8 +46,8 @@ def predict_us(card: Card, problem: Problem, sparse: bool) -> float:
         )
     kept = 0.5 + 2 * _META / size if sparse else 1.0
     # int8 products leave as int8 with 2:4 and dense alike, with their scales in the epilogue.
-    unique = size * (outputs * inputs * kept + tokens * inputs + tokens * outputs * (1 + problem.residual))
-    floor = memory_us(card, unique)
+    activations = size * tokens * (inputs + outputs * (1 + problem.residual))
+    floor = operands_us(card, size * outputs * inputs * kept, activations)
     rate = 1e6 * card.rate(problem.dtype, sparse) / card.sms
     best = math.inf
     for rows, columns in TILES:
@@ -63,6 +63,13 @@ def predict_us(card: Card, problem: Problem, sparse: bool) -> float:
                 us += _REDUCE_US + 8 * tokens * outputs / (1e3 * _CACHE * _MEMORY * card.bandwidth)
             best = min(best, us)
     return library.base + padding + best
+
+
+def operands_us(card: Card, weight: float, activations: float) -> float:
+    """Microseconds that the memory takes at least for the bytes of a product, of which the weight may be `streamed`."""
+    if not card.streamed:
+        return memory_us(card, weight + activations)
+    return weight / (1e3 * _MEMORY * card.bandwidth) + memory_us(card, activations)
 
 
 def memory_us(card: Card, nbytes: float) -> float:

@@ -23,7 +23,7 @@ from sparsecomp.cuda.library import FFN, KERNELS, TILE, CudaKernel, Launch
 from sparsecomp.patterns import Detection, Pattern
 from sparsecomp.targets.base import Candidate, Problem, WeightFacts, label_of
 from sparsecomp.targets.cuda.cards import Card
-from sparsecomp.targets.cuda.cost import memory_us
+from sparsecomp.targets.cuda.cost import memory_us, operands_us
 
 TWO_FOUR = Pattern.parse("2:4")
 SHARE = 0.5
@@ -149,7 +149,8 @@ def predict_us(card: Card, candidate: Candidate, problem: Problem) -> float:
     nbytes = work.nbytes + work.rows * tile * size
     us = _blocks_us(card, problem.dtype, kernel.source, launch, taken, work.entries * tile, nbytes)
     given = 4 if problem.dtype == torch.int8 else size  # bytes of an entry of y
-    us = max(us, memory_us(card, work.nbytes + tokens * (size * inputs + given * outputs * (1 + problem.residual))))
+    activations = tokens * (size * inputs + given * outputs * (1 + problem.residual))
+    us = max(us, operands_us(card, work.nbytes, activations))
     if not kernel.tokens:  # x and y are turned around by kernels of PyTorch
         stride = kernel.stride(tokens)
         us += (
@@ -191,7 +192,7 @@ def predict_ffn_us(
     us = _blocks_us(card, dtype, entry, launch, taken, entries, size * entries + beside)
     # What is read of a weight that no cache holds as a whole comes from memory: other units stay for the next token.
     whole = size * outputs * inputs
-    floor = memory_us(card, whole) * (size * (entries + inputs + outputs) / whole)
+    floor = operands_us(card, whole, 0) * (size * (entries + inputs + outputs) / whole)
     return card.library(dtype, sparse=False).base + max(us, floor)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,10 +20,10 @@ from sparsecomp.targets.skip import SkipRows, SkipSpec
 
 SEMI = Candidate("semi_structured", "2:4")
 """PyTorch's semi-structured products: cuSPARSELt."""
-
-
 FFN_THRESHOLD = "ffn_threshold"
 """What the factor of an FFN that skips is kept under."""
+
+
 def names() -> tuple[str, ...]:
     """The targets of this family; `cuda` is the card of this machine."""
     return ("cuda", *(f"cuda:{name}" for name in card_names()))
@@ -87,6 +89,14 @@ class CudaTarget(Target):
                 f"the GPU here is {torch.cuda.get_device_name()}, of sm_{major}{minor}; the card's is {self.card.arch}"
             )
         return None
+
+    def for_model(self, nbytes: int) -> CudaTarget:
+        """See `Target.for_model`; of more than the L2 cache holds nothing is left there when a weight's turn comes."""
+        if self.card.streamed or nbytes <= self.card.l2:
+            return self
+        found = copy.copy(self)
+        found.card = replace(self.card, streamed=True)
+        return found
 
     def candidates(self, facts: WeightFacts, allowed: Collection[str] | None = None) -> list[Candidate]:
         """See `Target.candidates`."""

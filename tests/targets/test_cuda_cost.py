@@ -54,6 +54,21 @@ def test_a_wave_more_shows() -> None:
     assert further == pytest.approx(over, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", card_names())
+def test_weights_of_a_large_model_come_from_memory(name: str) -> None:
+    found, near = card(name), get_target(f"cuda:{name}")
+    far = near.for_model(found.l2 + 1)
+    assert near.for_model(found.l2) is near
+    assert far.for_model(found.l2 + 1) is far
+    few, many = problem(8, 512, 1024), problem(8192, 512, 1024)
+    for candidate in near.candidates(few.facts):
+        if (us := near.predict(candidate, few)) < float("inf"):
+            assert far.predict(candidate, few) >= us
+            assert far.predict(candidate, few) > near.packed_bytes(candidate, few.facts, HALF) / (1e3 * found.bandwidth)
+    # What has to come from memory anyway, or takes longer to multiply, costs the same.
+    assert far.predict(DENSE, many) == pytest.approx(near.predict(DENSE, many), rel=0.02)
+
+
 def test_padding_of_tokens_costs() -> None:
     target = get_target("cuda:h100")
     assert target.predict(SEMI, problem(1023, 4096, 4096)) > target.predict(SEMI, problem(1024, 4096, 4096))
