@@ -11,7 +11,7 @@ from sparsecomp.runtime.conv_site import RuntimeConv
 from sparsecomp.runtime.device_site import DeviceSite
 from sparsecomp.runtime.site import RuntimeSite
 from sparsecomp.runtime.weight_site import ACTIVATIONS
-from sparsecomp.window import convolve
+from sparsecomp.window import convolve, form_of
 
 VERIFY_TOKENS = 4096
 """At most this many tokens of a linear are used."""
@@ -80,5 +80,4 @@ def _conv(site: ConvSite, handle: int) -> tuple[Tensor, Tensor]:
     value = ACTIVATIONS[site.activation](value)
     if residual is not None and not site.residual_first:
         value = value + residual
-    sizes = (site.out_features, window.kernel, window.stride, window.padding, window.dilation, window.extra)
-    return value, torch.ops.sparsecomp.conv(x, terms, residual, handle, *sizes)
+    return value, torch.ops.sparsecomp.conv(x, terms, residual, handle, form_of(window, site.out_features))

@@ -8,7 +8,7 @@ time the third.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -193,6 +193,9 @@ class Kernel(Product):
         """
 
 
+ConvCall = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
+
+
 class ConvKernel(ABC):
     """A weight packed for a convolution kernel that is ready to run.
 
@@ -219,6 +222,10 @@ class ConvKernel(ABC):
     @abstractmethod
     def build(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> None:
         """Compile now what a call would compile."""
+
+    def ready(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> ConvCall:
+        """What `run` does for such maps and PyTorch's present number of threads, as `call(x, terms, residual, out)`."""
+        return lambda x, terms, residual, out: self.run(x, terms, residual, epilogue, out)
 
     @property
     def source(self) -> str:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparsecomp.blocks import FfnSite
 from sparsecomp.frontends.fx_ops import classify, is_transform, mutated, tensor_value
 from sparsecomp.ir import ConvSite, LinearSite, Norm, Operation, Site, Size, SparseGraph
+from sparsecomp.window import form_of
 
 COMPOSITE = "sparsecomp_composite"
 """Key in the metadata of a node that was expanded from a composite: the composite's name."""
@@ -89,7 +90,7 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
         gm: The graph that the sites were found in, or a copy with the same node names.
         replacements: What to replace. At the place of its anchor each becomes a call of
             `torch.ops.sparsecomp.linear.default(x, bias, residual, handle, out_features, activation)`, or of
-            `torch.ops.sparsecomp.conv.default(x, terms, residual, handle, ...)` behind what computes the terms; what
+            `torch.ops.sparsecomp.conv.default(x, terms, residual, handle, form)` behind what computes the terms; what
             skips becomes a call of `skip`.
 
     Raises:
@@ -166,8 +167,7 @@ def _conv_call(graph: fx.Graph, site: ConvSite, handle: int, nodes: dict[str, fx
         raise ValueError(f"site {site.name} cannot be replaced, it has no window")
     terms = _terms(graph, site.norm, site.bias, nodes)
     residual = nodes[site.residual] if site.residual is not None else None
-    sizes: list[Any] = [window.kernel, window.stride, window.padding, window.dilation, window.extra]
-    arguments = (nodes[site.x], terms, residual, handle, site.out_features, *sizes)
+    arguments = (nodes[site.x], terms, residual, handle, form_of(window, site.out_features))
     return graph.call_function(torch.ops.sparsecomp.conv.default, arguments)
 
 

@@ -8,14 +8,17 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from sparsecomp.runtime.weight_site import ACTIVATIONS, WeightSite
-from sparsecomp.targets.base import Candidate, ConvEpilogue, ConvKernel, Target, WeightFacts
-from sparsecomp.window import Maps, Window, convolve
+from sparsecomp.runtime.weight_site import ACTIVATIONS, PackedWeight, WeightSite
+from sparsecomp.targets.base import Candidate, ConvCall, ConvEpilogue, ConvKernel, Target, WeightFacts
+from sparsecomp.window import Maps, Window, convolve, read_form
 
 ConvChooser = Callable[[WeightFacts, Maps], Candidate]
 
 # Shapes that are remembered; a stream of ever new sizes must not grow without bound.
 _MAX_SHAPES = 1024
+
+Ready = tuple[ConvCall | None, tuple[int, ...]]
+"""A call, None for the dense one, and the shape of its output."""
 
 _sites: weakref.WeakValueDictionary[int, RuntimeConv] = weakref.WeakValueDictionary()
 
@@ -39,7 +42,6 @@ class RuntimeConv(WeightSite[Maps, ConvKernel]):
         super().__init__(name, weight, False, target)
         self._window, self._chooser, self._epilogue = window, chooser, epilogue
         self._outputs = weight.shape[0]
-        self._shapes: dict[torch.Size, tuple[Maps, tuple[int, ...]]] = {}
         _sites[self.handle] = self
 
     def _candidate(self, facts: WeightFacts, call: Maps) -> Candidate:
@@ -66,29 +68,33 @@ class RuntimeConv(WeightSite[Maps, ConvKernel]):
             The output, contiguous, of x's type.
         """
         packed = self._here.packed
-        maps, sizes = self._shapes.get(x.shape) or self._of_shape(x.shape)
-        kernel = self._kernel(packed, maps, residual is not None) if sizes else None
-        if kernel is None:
+        key = (x.shape, residual is None, torch.get_num_threads())
+        ready = packed.ready.get(key)
+        if ready is None:
+            ready = self._make_ready(packed, key)
+        call, sizes = ready
+        if call is None:
             return self._dense(packed.values, x, terms, residual)
         out = torch.empty(sizes)
         # Most calls need no conversion, and each that is not made saves a microsecond.
         given = x if x.dtype == torch.float32 else x.float()
         if residual is not None:
             residual = (residual if residual.dtype == torch.float32 else residual.float()).contiguous()
-        if x.dim() == 3:
-            given = given.unsqueeze(2)
-        kernel.run(given.contiguous(), terms, residual, self._epilogue, out)
+        call(given.contiguous(), terms, residual, out)
         return out if x.dtype == torch.float32 else out.to(x.dtype)
 
-    def _of_shape(self, shape: torch.Size) -> tuple[Maps, tuple[int, ...]]:
-        """For inputs of a shape the maps, and the output's shape, empty if it has no positions; remembered."""
+    def _make_ready(self, packed: PackedWeight[Maps, ConvKernel], key: tuple[torch.Size, bool, int]) -> Ready:
+        """The call for inputs of a shape, with a residual or without, and the output's shape; remembered."""
+        shape, alone, _ = key
         maps = Maps(shape[0], shape[2] if len(shape) == 4 else 1, shape[-1])
         rows, columns = self._window.output(maps.height, maps.width)
         sizes = (maps.images, self._outputs, *((rows, columns) if len(shape) == 4 else (columns,)))
-        if len(self._shapes) >= _MAX_SHAPES:
-            self._shapes.clear()
-        found = self._shapes[shape] = (maps, sizes if maps.positions(self._window) else ())
-        return found
+        kernel = self._kernel(packed, maps, not alone) if maps.positions(self._window) else None
+        ready = (None if kernel is None else kernel.ready(maps, self._epilogue, not alone), sizes)
+        if len(packed.ready) >= _MAX_SHAPES:
+            packed.ready.clear()
+        packed.ready[key] = ready
+        return ready
 
     def _dense(self, weight: Tensor, x: Tensor, terms: Tensor | None, residual: Tensor | None) -> Tensor:
         value = convolve(x, weight, self._window)
@@ -106,36 +112,21 @@ class RuntimeConv(WeightSite[Maps, ConvKernel]):
 
 
 _library = torch.library.Library("sparsecomp", "FRAGMENT")
-_library.define(
-    "conv(Tensor x, Tensor? terms, Tensor? residual, int site, int out_channels, int[] kernel, int[] stride, "
-    "int[] padding, int[] dilation, int[] extra) -> Tensor"
-)
+# What decides the shape of the output is in the graph, and not only in the site: compiled graphs are cached by it.
+_library.define("conv(Tensor x, Tensor? terms, Tensor? residual, int site, str form) -> Tensor")
 
 
-def _conv(x: Tensor, terms: Tensor | None, residual: Tensor | None, site: int, *_: object) -> Tensor:
-    # The window and the number of channels are for the shape alone, which `_conv_meta` works out.
+def _conv(x: Tensor, terms: Tensor | None, residual: Tensor | None, site: int, form: str) -> Tensor:
     found = _sites.get(site)
     if found is None:
         raise RuntimeError(f"sparsecomp::conv was called for site {site}, which was released: compile the model again")
     return found.run(x, terms, residual)
 
 
-def _conv_meta(
-    x: Tensor,
-    terms: Tensor | None,
-    residual: Tensor | None,
-    site: int,
-    out_channels: int,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    extra: list[int],
-) -> Tensor:
-    given = x.shape[2:] if x.dim() == 4 else (1, x.shape[2])
-    sizes = zip(given, kernel, stride, padding, dilation, extra, strict=True)
-    out = [(size + e + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d, e in sizes]
-    return x.new_empty((x.shape[0], out_channels, *(out if x.dim() == 4 else out[1:])))
+def _conv_meta(x: Tensor, terms: Tensor | None, residual: Tensor | None, site: int, form: str) -> Tensor:
+    window, outputs = read_form(form)
+    height, width = window.output(x.shape[2] if x.dim() == 4 else 1, x.shape[-1])
+    return x.new_empty((x.shape[0], outputs, *((height, width) if x.dim() == 4 else (width,))))
 
 
 _library.impl("conv", _conv, "CPU")

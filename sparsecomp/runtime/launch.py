@@ -71,11 +71,23 @@ def native_library() -> ctypes.CDLL:
 
 @functools.cache
 def _launcher() -> Any:
-    function = native_library().sparsecomp_launch
-    pointer = ctypes.c_void_p
-    function.argtypes = [pointer] * 7 + [ctypes.c_int32, ctypes.c_int32, ctypes.c_int64]
+    function = native_library().sparsecomp_call
+    function.argtypes = [ctypes.c_void_p] * 5
     function.restype = ctypes.c_int32
     return function
+
+
+class _Prepared(ctypes.Structure):
+    """`sparsecomp_prepared` of native.c."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("dims", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("items", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
 
 
 def function_of(source: KernelSource) -> ctypes.c_void_p:
@@ -154,9 +166,10 @@ class Launch:
             scratch_floats: scratch of one thread.
         """
         self._entry = _launcher()
-        self._function, self._weights = function, weights
-        self._dims = (ctypes.c_int32 * len(dims))(*dims)
-        self._numbers = (items, threads, 4 * scratch_floats)
+        self._weights, self._dims = weights, (ctypes.c_int32 * len(dims))(*dims)
+        addresses = (function, ctypes.addressof(weights.pointers), ctypes.addressof(self._dims))
+        self._prepared = _Prepared(*addresses, 4 * scratch_floats, items, threads)
+        self._address = ctypes.addressof(self._prepared)
 
     def run(self, x: Tensor, bias: Tensor, residual: Tensor | None, out: Tensor) -> None:
         """Run the kernel; all tensors are contiguous, float32 and on the CPU.
@@ -165,14 +178,11 @@ class Launch:
             MemoryError: scratch could not be allocated.
         """
         failed = self._entry(
-            self._function,
+            self._address,
             x.data_ptr(),
             bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
             out.data_ptr(),
-            self._weights.pointers,
-            self._dims,
-            *self._numbers,
         )
         if failed:
-            raise MemoryError(f"no memory for {self._numbers[2]} bytes of scratch per thread")
+            raise MemoryError(f"no memory for {self._prepared.bytes} bytes of scratch per thread")

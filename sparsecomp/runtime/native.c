@@ -57,6 +57,22 @@ int32_t sparsecomp_launch(sparsecomp_kernel kernel, const float *x, const float 
   return failed;
 }
 
+/* What of a launch is the same from call to call, in one place: handing over an address takes the host less time than ten
+ * arguments. */
+typedef struct {
+  sparsecomp_kernel kernel;
+  const void *const *weights;
+  const int32_t *dims;
+  int64_t bytes; /* of scratch */
+  int32_t items, threads;
+} sparsecomp_prepared;
+
+int32_t sparsecomp_call(const sparsecomp_prepared *launch, const float *x, const float *bias, const float *residual,
+                        float *y) {
+  return sparsecomp_launch(launch->kernel, x, bias, residual, y, launch->weights, launch->dims, launch->items,
+                           launch->threads, launch->bytes);
+}
+
 /* One kernel call of a sequence. An operand is a fixed address, or lies at an offset from a base that the call gives:
  * base 0 is the workspace, base i the i-th address of the call. */
 #define SPARSECOMP_OPERANDS 8

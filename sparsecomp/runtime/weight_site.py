@@ -7,7 +7,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ Call = TypeVar("Call", bound=Hashable)
 Form = TypeVar("Form")
 
 
-class _Packed(Generic[Call, PackedKernel]):
+class PackedWeight(Generic[Call, PackedKernel]):
     """One weight as a site uses it: its facts, and its kernels by candidate and by what the site is called with."""
 
     def __init__(self, weight: Tensor, transposed: bool) -> None:
@@ -38,6 +38,7 @@ class _Packed(Generic[Call, PackedKernel]):
         self.facts = facts_of(weight, transposed)
         self.kernels: dict[Candidate, PackedKernel] = {}
         self.choices: dict[Call, PackedKernel | None] = {}
+        self.ready: dict[Hashable, Any] = {}  # what a site keeps for its calls beside the kernels
 
     def is_current(self, weight: Tensor) -> bool:
         """Whether this is that weight, unchanged."""
@@ -51,7 +52,7 @@ class _SharedKernels:
         self._by_weight = WeakIdKeyDictionary()
         self._lock = threading.Lock()
 
-    def get(self, packed: _Packed[Call, PackedKernel], key: Hashable, prepare: Callable[[], Form]) -> Form:
+    def get(self, packed: PackedWeight[Call, PackedKernel], key: Hashable, prepare: Callable[[], Form]) -> Form:
         """The kernel for a weight as it is now, by what else decides its form; packs where no site has done so."""
         weight = packed.weight()
         if weight is None:
@@ -111,7 +112,7 @@ class WeightSite(ABC, Generic[Call, PackedKernel]):
 
     def refresh(self, weight: Tensor) -> None:
         """Make a weight the current one of this thread; packs if it is new or was changed in place."""
-        packed: _Packed[Call, PackedKernel] | None = getattr(self._here, "packed", None)
+        packed: PackedWeight[Call, PackedKernel] | None = getattr(self._here, "packed", None)
         if packed is not None and packed.is_current(weight):
             return
         with self._lock, torch.no_grad():
@@ -119,7 +120,7 @@ class WeightSite(ABC, Generic[Call, PackedKernel]):
             if packed is None or not packed.is_current(weight):
                 if packed is not None:
                     log.info("site %s: the weight changed, it is packed anew", self.name)
-                packed = self._packed[weight] = _Packed(weight, self._transposed)
+                packed = self._packed[weight] = PackedWeight(weight, self._transposed)
         self._here.packed = packed
 
     def prepare(self, call: Call, residual: bool) -> None:
@@ -131,7 +132,7 @@ class WeightSite(ABC, Generic[Call, PackedKernel]):
         with self._lock:
             self._choose(self._here.packed, call, residual)
 
-    def _choose(self, packed: _Packed[Call, PackedKernel], call: Call, residual: bool) -> PackedKernel | None:
+    def _choose(self, packed: PackedWeight[Call, PackedKernel], call: Call, residual: bool) -> PackedKernel | None:
         candidate = self._candidate(packed.facts, call)
         kernel = None
         if not candidate.is_dense:
@@ -145,12 +146,12 @@ class WeightSite(ABC, Generic[Call, PackedKernel]):
         return kernel
 
     @staticmethod
-    def _remember(packed: _Packed[Call, PackedKernel], call: Call, kernel: PackedKernel | None) -> None:
+    def _remember(packed: PackedWeight[Call, PackedKernel], call: Call, kernel: PackedKernel | None) -> None:
         if len(packed.choices) >= _MAX_CHOICES:
             packed.choices.clear()
         packed.choices[call] = kernel
 
-    def _kernel(self, packed: _Packed[Call, PackedKernel], call: Call, residual: bool) -> PackedKernel | None:
+    def _kernel(self, packed: PackedWeight[Call, PackedKernel], call: Call, residual: bool) -> PackedKernel | None:
         try:
             return packed.choices[call]
         except KeyError:
@@ -180,25 +181,25 @@ class WeightSite(ABC, Generic[Call, PackedKernel]):
             key: what decides it beside the weight.
             make: makes it; must not ask for another form.
         """
-        packed: _Packed[Call, PackedKernel] = self._here.packed
+        packed: PackedWeight[Call, PackedKernel] = self._here.packed
         return _shared_kernels.get(packed, key, lambda: make(packed.values))
 
     @property
     def weight(self) -> Tensor | None:
         """The current weight of this thread, None if it is gone."""
-        packed: _Packed[Call, PackedKernel] = self._here.packed
+        packed: PackedWeight[Call, PackedKernel] = self._here.packed
         return packed.weight()
 
     @property
     def facts(self) -> WeightFacts:
         """Of the current weight of this thread."""
-        packed: _Packed[Call, PackedKernel] = self._here.packed
+        packed: PackedWeight[Call, PackedKernel] = self._here.packed
         return packed.facts
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed forms of the current weight; of the dense one where only dense is used."""
-        packed: _Packed[Call, PackedKernel] = self._here.packed
+        packed: PackedWeight[Call, PackedKernel] = self._here.packed
         taken = sum(kernel.nbytes for kernel in packed.kernels.values())
         return taken or packed.values.numel() * packed.values.element_size()
 

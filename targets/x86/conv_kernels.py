@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,29 @@ from sparsecomp.window import Maps, Window
 _MAX_CALLS = 256
 
 
-@dataclass(frozen=True)
 class _Call:
-    """A call made ready: the launch of the kernel and, where the maps have to be opened, that of this and its shape."""
+    """A call made ready: a launch of the kernel and, where the maps have to be opened first, one that does that."""
 
-    launch: Launch
-    opening: Launch | None
-    opened: tuple[int, ...]
+    def __init__(
+        self, launch: Launch, no_terms: Tensor, opening: Launch | None = None, opened: tuple[int, ...] = ()
+    ) -> None:
+        """Make it.
+
+        Args:
+            launch: of the kernel.
+            no_terms: what stands for terms where there are none.
+            opening: of the kernel that opens the maps.
+            opened: shape of the opened maps.
+        """
+        self._launch, self._no_terms, self._opening, self._opened = launch, no_terms, opening, opened
+
+    def __call__(self, x: Tensor, terms: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+        """See `ConvKernel.run`."""
+        if self._opening is not None:
+            opened = torch.empty(self._opened)
+            self._opening.run(x, self._no_terms, None, opened)
+            x = opened
+        self._launch.run(x, self._no_terms if terms is None else terms, residual, out)
 
 
 class _X86Kernel(ConvKernel):
@@ -54,23 +69,22 @@ class _X86Kernel(ConvKernel):
         self, x: Tensor, terms: Tensor | None, residual: Tensor | None, epilogue: ConvEpilogue, out: Tensor
     ) -> None:
         """See `ConvKernel.run`."""
-        maps = Maps(x.shape[0], x.shape[2], x.shape[3])
-        key = (maps, torch.get_num_threads(), epilogue, residual is not None)
+        self.ready(Maps(x.shape[0], x.shape[2], x.shape[3]), epilogue, residual is not None)(x, terms, residual, out)
+
+    def ready(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
+        """See `ConvKernel.ready`."""
+        key = (maps, torch.get_num_threads(), epilogue, residual)
         call = self._calls.get(key)
         if call is None:
             if len(self._calls) >= _MAX_CALLS:
                 self._calls.clear()
-            call = self._calls[key] = self._make(maps, epilogue, residual is not None)
-        if call.opening is not None:
-            opened = torch.empty(call.opened)
-            call.opening.run(x, self._no_terms, None, opened)
-            x = opened
-        call.launch.run(x, self._no_terms if terms is None else terms, residual, out)
+            call = self._calls[key] = self._make(maps, epilogue, residual)
+        return call
 
     def build(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> None:
         """See `ConvKernel.build`."""
         if maps.positions(self._window):
-            self._make(maps, epilogue, residual)
+            self.ready(maps, epilogue, residual)
 
     def _function(self, name: str, identity: str, build: Any) -> Any:
         key = f"{name} {identity}"
@@ -113,7 +127,8 @@ class X86ConvKernel(_X86Kernel):
         launch = Launch(function, self._weights, dims, cut.items, threads, scratch)
         channels = self._channels * window.groups
         opened = (maps.images, channels * len(geometry.phases), geometry.rows, geometry.pitch)
-        return _Call(launch, self._opening(maps, geometry, channels, threads) if geometry.opened else None, opened)
+        opening = self._opening(maps, geometry, channels, threads) if geometry.opened else None
+        return _Call(launch, self._no_terms, opening, opened)
 
     def _opening(self, maps: Maps, geometry: Geometry, channels: int, threads: int) -> Launch:
         stride = self._window.stride[1]
@@ -150,7 +165,7 @@ class X86StripsKernel(_X86Kernel):
         function = self._function("conv_strips", f"{schedule!r} {after!r}", lambda: conv_strips.build(schedule, after))
         dims = conv_strips.dims(schedule, self._sizes, window, maps, cut.splits)
         scratch = conv_strips.scratch_floats(schedule, self._sizes, cut.splits)
-        return _Call(Launch(function, self._weights, dims, cut.items, threads, scratch), None, ())
+        return _Call(Launch(function, self._weights, dims, cut.items, threads, scratch), self._no_terms)
 
 
 class X86DepthwiseKernel(_X86Kernel):
@@ -171,4 +186,4 @@ class X86DepthwiseKernel(_X86Kernel):
         dims = depthwise_strips.dims(window, maps, self._outputs)
         scratch = depthwise_strips.scratch_floats(schedule)
         launch = Launch(function, self._weights, dims, maps.images * self._outputs, threads, scratch)
-        return _Call(launch, None, ())
+        return _Call(launch, self._no_terms)

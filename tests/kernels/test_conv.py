@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ from sparsecomp.targets.base import ConvEpilogue
 from sparsecomp.targets.cpu.conv_schedules import call, packing
 from sparsecomp.targets.x86.conv_kernels import X86ConvKernel
 from sparsecomp.targets.x86.cpu import best_level, caches, level
-from sparsecomp.window import Maps, Window, convolve
+from sparsecomp.window import Maps, Window, convolve, form_of, read_form
 
 
 @given(window=windows, size=st.tuples(st.integers(1, 9), st.integers(1, 9)), images=st.integers(1, 2))
@@ -129,6 +131,11 @@ def test_a_window_says_its_size_and_what_is_not_plain() -> None:
     assert Window((3, 3), extra=(1, 1)).output(4, 4) == (3, 3)
     assert np.prod(Window((3, 3)).output(2, 5)) <= 0
     assert Maps(2, 2, 5).positions(Window((3, 3))) == 0
+
+
+@given(window=windows, outputs=st.integers(1, 4096))
+def test_a_window_is_read_from_its_text(window: Window, outputs: int) -> None:
+    assert read_form(form_of(window, outputs)) == (replace(window, groups=1), outputs)
 
 
 @needs_x86
