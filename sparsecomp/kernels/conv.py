@@ -55,6 +55,7 @@ DIMS = (
 )
 TABLE_FIELDS = 4
 _SPARE = 16  # floats behind a row that a whole vector may write to
+_LINE = 16  # floats of a cache line
 
 
 @dataclass(frozen=True)
@@ -367,6 +368,11 @@ def _quad(
             output = tir.bind(first_row + work.rows[member])
             with tir.when(work.rows[member] < d["chunk"]):
                 at = tir.bind((place.image * d["outputs"] + output) * d["length"] + place.first)
+                for line in range(0, schedule.tile, _LINE):
+                    # Of the next tile: processors do not fetch ahead of so many rows, and those of large maps are far.
+                    tir.prefetch(args["y"], at + schedule.tile + line)
+                    if epilogue.residual:
+                        tir.prefetch(args["residual"], at + schedule.tile + line)
                 for v in range(schedule.vectors):
                     lane = v * schedule.lanes
                     total = work.total(member, v)

@@ -87,6 +87,8 @@ def _strips(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     narrow = window.output(maps.height, maps.width)[1] < level.lanes
     return {
         "multiply": passes * facts.nonzeros * call.vectors,
+        # Tiles of more vectors leave no registers for words that are loaded ahead.
+        "wide": passes * facts.nonzeros * call.vectors if call.vectors > 4 else 0.0,
         "load": passes * loads * call.vectors,
         "step": passes * loads,
         "quad": passes * quads,
