@@ -250,7 +250,7 @@ def _decode_quads(
     """
     op, inputs, constant = body.op, body.inputs, body.constant
     (outputs, width), (chunk, block) = shape, sizes
-    one, two, four = constant(1), constant(2), constant(4)
+    one, two, four, eight = constant(1), constant(2), constant(4), constant(8)
     value0, word0, shared = (op.Gather(inputs["quads"], constant(field), axis=1) for field in range(3))
     quad = body.owners(value0, inputs["values"])
 
@@ -261,9 +261,11 @@ def _decode_quads(
     member, step = op.Mod(place, four), op.Div(place, four)
     shared4 = of_quad(op.Mul(shared, four))
     in_shared = op.Add(op.Mul(step, two), op.Div(member, two))
-    at = op.Where(op.Less(place, op.Mul(shared4, two)), in_shared, op.Sub(place, shared4))
-    column = body.int32(op.Gather(inputs["columns"], op.Add(of_quad(op.Mul(word0, four)), at), axis=0))
-    field = op.Add(op.Add(op.Mul(quad, constant(8)), four), member)
+    # Columns of their own begin a word of eight; a shared half word is four columns and eight values.
+    own = op.Add(op.Sub(place, op.Mul(shared4, two)), of_quad(op.Mul(op.Div(op.Add(shared, one), two), eight)))
+    at = op.Where(op.Less(place, op.Mul(shared4, two)), in_shared, own)
+    column = body.int32(op.Gather(inputs["columns"], op.Add(of_quad(op.Mul(word0, eight)), at), axis=0))
+    field = op.Add(op.Add(op.Mul(quad, eight), four), member)
     row = op.Gather(body.flat(inputs["quads"]), field, axis=0)
 
     # Quads stand group by group, in a group chunk by chunk, in a chunk block by block.

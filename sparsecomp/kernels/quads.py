@@ -1,8 +1,8 @@
 """The inner loop over a quad: four rows of a weight against a tile that lies in scratch, column by column.
 
 Shared by the linear and the convolution kernel, which differ in how the tile comes to scratch and where sums go. What
-bounds the loop are loads, so four column numbers are one load, and so are the weights of a step where the processor has
-the shuffles to spread them; a column that two rows keep is loaded once for both. The four rows take turns, so that
+bounds the loop are loads, so eight column numbers are one load, and so are the weights of a step where the processor
+has the shuffles to spread them; a column that two rows keep is loaded once for both. The four rows take turns, so that
 multiply-adds which follow each other do not wait for each other.
 """
 
@@ -15,9 +15,9 @@ from sparsecomp.kernels import tir
 from sparsecomp.patterns.quads import QUAD, QUAD_FIELDS, WORDS_AHEAD
 
 WEIGHTS = ("float32", "uint64", "int32", "int32")  # values, words, quads, and the first quad of each block of a chunk
-_LINE = 16  # floats
-_AHEAD = 4096  # floats
+_AHEAD = 256  # floats
 _AHEAD_VECTORS = 4  # of a row
+_COLUMN_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class QuadShape:
         return self.lanes * self.vectors
 
     @property
+    def word_steps(self) -> int:
+        """Steps whose columns one load brings, each a column for each row; more than CPUs short of loads would gain."""
+        return 2 if self.spread == "shuffle" and not self.half else 1
+
+    @property
     def words_ahead(self) -> bool:
         """Whether words are loaded before their step."""
         return self.vectors <= _AHEAD_VECTORS
@@ -74,6 +79,7 @@ class Quad:
         """Read the quad `number`; its sums wait in scratch at `sums` + row * tile."""
         self._args, self._shape = args, shape
         self._block: tir.Expr = None
+        self._own_words: tuple[tir.Expr, tir.Expr] = (None, None)  # the array, and where in it they begin
         self._ahead: tir.Expr = None  # words that are loaded already
         fields = [tir.bind(args["w2"][number * QUAD_FIELDS + i]) for i in range(QUAD_FIELDS)]
         self._value, self._word, self._shared, self._own, *self.rows = fields
@@ -110,23 +116,41 @@ class Quad:
                 a tile each.
         """
         self._columns = maps or (self._args["scratch"], tir.const(self._shape.tile, "int64"))
-        shared, own = self._shared, self._own
+        shared, own, steps = self._shared, self._own, self._shape.word_steps
+        halves = self._args.view("w1", "uint32")
+        begin = tir.bind(self._word + tir.ceil_div(shared, 2))
+        self._own_words = (self._args["w1"], begin) if steps == 2 else (halves, tir.bind(begin * 2))
         self._load_words()
         with tir.loop(shared) as i:
-            word = self._next_word(self._word + i)
-            # A line of what will be read later: large models come from memory. Only here, where 32 multiply-adds hide
-            # the instruction; asking in the other loop too costs more than it brings.
-            tir.prefetch(self._args["w0"], self._value + i * _LINE + _AHEAD)
+            word = tir.bind(tir.cast("uint64", halves[self._word * 2 + i]))
+            self._fetch(self._value, i)
             for half in (0, 1):
                 factors = self._factors(tir.bind(self._value + i * (2 * QUAD) + half * QUAD))
                 self._multiply((0, 1), factors, self._column(base, word, 2 * half))
                 self._multiply((2, 3), factors, self._column(base, word, 2 * half + 1))
-        value, first = tir.bind(self._value + shared * (2 * QUAD)), tir.bind(self._word + shared)
-        with tir.loop(own) as i:
-            word = self._next_word(first + i)
-            factors = self._factors(tir.bind(value + i * QUAD))
-            for member in range(QUAD):
-                self._multiply((member,), factors, self._column(base, word, member))
+        value = tir.bind(self._value + shared * (2 * QUAD))
+        whole = own if steps == 1 else tir.bind(tir.floor_div(own, steps))
+        with tir.loop(whole) as i:
+            word = self._next_word(i)
+            if steps == 2:
+                self._fetch(value, i)
+            for step in range(steps):
+                self._step(base, word, step, tir.bind(value + i * (steps * QUAD) + step * QUAD))
+        if steps == 2:
+            with tir.when(own > whole * 2):
+                self._step(base, self._next_word(whole), 0, tir.bind(value + whole * (2 * QUAD)))
+
+    def _fetch(self, value: tir.Expr, i: tir.Expr) -> None:
+        """Ask for weights that come 1 KB later: 32 multiply-adds hide the instruction."""
+        tir.prefetch(self._args["w0"], value + i * (2 * QUAD) + _AHEAD, locality=3)
+
+    def _step(self, base: tir.Expr, word: tir.Expr, step: int, at: tir.Expr) -> None:
+        """Multiply by one column of each row, the four of a step of `word`."""
+        factors = self._factors(at)
+        for member in range(QUAD):
+            self._multiply(
+                (member,), factors, self._column(base, word, QUAD * step + member, self._shape.word_steps * QUAD)
+            )
 
     def keep(self) -> None:
         """Put the sums back where they wait."""
@@ -157,29 +181,34 @@ class Quad:
         """Load the first words: each is in a register two steps before its columns are needed.
 
         A multiply-add whose address waits for a load lets load ports idle, however many instructions are in flight:
-        on a Zen 5 a step of 16 multiply-adds takes 11.0 cycles with words loaded where they are used, and 10.2 so.
-        Steps of 28 are long enough for the load, and leave no registers. A Neoverse N1 keeps its multipliers busy for
-        0.88 of a step instead of 0.72 (llvm-mca). SSE, without multiply-adds, is 3 % slower at 50 % zeros.
+        on a Zen 5 a step of 16 multiply-adds took 11.0 cycles with words of four columns loaded where they are used,
+        10.2 so, and takes 9.5 with words of eight. Steps of 28 are long enough for the load, and leave no registers. A
+        Neoverse N1 keeps its multipliers busy for 0.88 of a step instead of 0.72 (llvm-mca). SSE, without
+        multiply-adds, is 3 % slower at 50 % zeros.
         """
         if not self._shape.words_ahead:
             return
+        words, begin = self._own_words
         self._ahead = tir.registers(WORDS_AHEAD, "uint64")
         for i in range(WORDS_AHEAD):
-            tir.store(self._ahead, i, self._args["w1"][self._word + i], 1)
+            tir.store(self._ahead, i, tir.cast("uint64", words[begin + i]), 1)
 
-    def _next_word(self, at: tir.Expr) -> tir.Expr:
-        """The word at `at`, the one after the last call's."""
+    def _next_word(self, i: tir.Expr) -> tir.Expr:
+        """Word `i` of those with a column for each row, the one after the last call's."""
+        words, begin = self._own_words
+        at = tir.bind(begin + i)
         if not self._shape.words_ahead:
-            return tir.bind(self._args["w1"][at])
+            return tir.bind(tir.cast("uint64", words[at]))
         word = tir.bind(self._ahead[0])
-        for i in range(1, WORDS_AHEAD):
-            tir.store(self._ahead, i - 1, self._ahead[i], 1)
-        tir.store(self._ahead, WORDS_AHEAD - 1, self._args["w1"][at + WORDS_AHEAD], 1)
+        for k in range(1, WORDS_AHEAD):
+            tir.store(self._ahead, k - 1, self._ahead[k], 1)
+        tir.store(self._ahead, WORDS_AHEAD - 1, tir.cast("uint64", words[at + WORDS_AHEAD]), 1)
         return word
 
-    def _column(self, base: tir.Expr, word: tir.Expr, place: int) -> tir.Expr:
-        shifted = word >> tir.const(16 * place, "uint64") if place else word
-        low = shifted & tir.const(0xFFFF, "uint64") if place < QUAD - 1 else shifted
+    def _column(self, base: tir.Expr, word: tir.Expr, place: int, places: int = QUAD) -> tir.Expr:
+        """Where column `place` of the `places` in a word lies."""
+        shifted = word >> tir.const(_COLUMN_BITS * place, "uint64") if place else word
+        low = shifted & tir.const(0xFF, "uint64") if place < places - 1 else shifted
         return tir.bind(base + tir.cast("int64", low) * self._columns[1])
 
     def _multiply(self, members: tuple[int, ...], factors: list[tir.Expr], at: tir.Expr) -> None:

@@ -1,9 +1,9 @@
 """The row kernel: weights whose rows are each their own, with the tokens in the vector lanes.
 
 A tile of tokens is transposed to feature-major scratch, so that every kept weight is one broadcast times contiguous
-loads. Columns come in blocks that keep the touched part of the tile in the L1 cache; the sums of a chunk of rows wait
-in scratch between blocks and are transposed back, with the epilogue, when the chunk is done. See
-`sparsecomp.patterns.quads` for the rows in fours, and `sparsecomp.kernels.quads` for the inner loop.
+loads. Columns come in blocks, of which one is transposed at a time and stays in the L1 cache while it serves several
+chunks of rows. Their sums wait in scratch between blocks and are transposed back, with the epilogue, after the last.
+See `sparsecomp.patterns.quads` for the rows in fours, and `sparsecomp.kernels.quads` for the inner loop.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.kernels.quads import Quad, QuadShape, weight_types
 from sparsecomp.patterns.quads import QuadWeight
 
-DIMS = ("tokens", "inputs", "outputs", "blocks", "block_floats", "chunk", "splits")
+DIMS = ("tokens", "inputs", "outputs", "blocks", "block", "block_floats", "chunk", "together", "splits")
 _CACHE_LINE = 16  # floats
 
 
@@ -25,9 +25,9 @@ def weights(packed: QuadWeight) -> list[npt.NDArray[np.generic]]:
     return [packed.values, packed.words, packed.quads, packed.starts]
 
 
-def scratch_floats(inputs: int, chunk: int, schedule: QuadShape) -> int:
-    """Scratch of one thread: the transposed tile, the sums of a chunk with its spare row, and the staging area."""
-    return (inputs + chunk + 1) * schedule.tile + schedule.lanes * (chunk + _CACHE_LINE)
+def scratch_floats(block: int, chunk: int, together: int, schedule: QuadShape) -> int:
+    """Scratch of one thread: a block of the transposed tile, sums of chunks with their spare rows, the staging area."""
+    return (block + together * (chunk + 1)) * schedule.tile + schedule.lanes * (chunk + _CACHE_LINE)
 
 
 def build(schedule: QuadShape, epilogue: Epilogue) -> tir.Expr:
@@ -37,47 +37,53 @@ def build(schedule: QuadShape, epilogue: Epilogue) -> tir.Expr:
     with builder.build() as args:
         # The size of a block of the tile comes from the host: if LLVM saw that it is a multiple of the tile, it would
         # factor the two out of every address and need three instructions where one does.
-        tokens, inputs, outputs, blocks, block_floats, chunk, splits = args.sizes(*DIMS)
-        tile_view = args.view("scratch", schedule.dtype)
+        tokens, inputs, outputs, blocks, block, block_floats, chunk, together, splits = args.sizes(*DIMS)
         chunks = tir.bind(tir.ceil_div(outputs, chunk))
-        sums = tir.bind(inputs * tile)
+        chunk_floats = tir.bind((chunk + 1) * tile)
+        stage = tir.bind(block_floats + together * chunk_floats)
         # An odd number of cache lines from row to row of the staging area: they lie in different sets of the cache.
-        places = (sums, tir.bind(sums + (chunk + 1) * tile), tir.bind(chunk + _CACHE_LINE))
+        stride = tir.bind(chunk + _CACHE_LINE)
         with tir.loop(args.end - args.begin) as step:
             item = tir.bind(args.begin + step)
             token = tir.bind(tir.floor_div(item, splits) * tile)
             split = tir.bind(tir.floor_mod(item, splits))
-            _gather_tile(args, schedule, token, tokens, inputs)
             first = tir.bind(tir.floor_div(split * chunks, splits))
             last = tir.bind(tir.floor_div((split + 1) * chunks, splits))
-            with tir.loop(last - first) as index:
-                at = tir.bind(first + index)
-                row = tir.bind(at * chunk)
-                rows = tir.bind(tir.minimum(chunk, outputs - row))
-                with tir.loop(blocks) as b:
-                    start = tir.bind(at * blocks + b)
-                    begin, end = tir.bind(args["w3"][start]), tir.bind(args["w3"][start + 1])
-                    base = tir.bind(tir.cast("int64", b * block_floats))
-                    with tir.loop(end - begin) as q:
-                        with tir.when(b == blocks - 1):
-                            _prefetch_outputs(args, schedule, (q, end - begin), (token, tokens), (row, rows, outputs))
-                        quad = Quad(args, schedule, tir.bind(begin + q), sums)
-                        quad.begin(b)
-                        quad.add(base, (tile_view, tir.const(tile, "int64")) if schedule.half else None)
-                        quad.keep()
-                _store_chunk(args, schedule, epilogue, (token, tokens), (row, rows, outputs), places)
+            with tir.loop(tir.ceil_div(last - first, together)) as part, tir.loop(blocks) as b:
+                at = tir.bind(first + part * together)
+                column = tir.bind(b * block)
+                columns = tir.bind(tir.minimum(block, inputs - column))
+                _gather_block(args, schedule, (token, tokens), (column, columns, inputs))
+                with tir.loop(tir.minimum(together, last - at)) as index:
+                    row = tir.bind((at + index) * chunk)
+                    outs = (row, tir.bind(tir.minimum(chunk, outputs - row)), outputs)
+                    sums = tir.bind(block_floats + index * chunk_floats)
+                    start = tir.bind((at + index) * blocks + b)
+                    _add_block(args, schedule, (b, blocks), (start, sums), (token, tokens), outs)
+                    with tir.when(b == blocks - 1):
+                        _store_chunk(args, schedule, epilogue, (token, tokens), outs, (sums, stage, stride))
     return builder.function
 
 
-def _gather_tile(args: tir.Arguments, schedule: QuadShape, token: tir.Expr, tokens: tir.Expr, inputs: tir.Expr) -> None:
-    """Transpose x[token : token + tile] into scratch; tokens past the end repeat the last, and are never stored."""
+def _gather_block(
+    args: tir.Arguments,
+    schedule: QuadShape,
+    token_range: tuple[tir.Expr, tir.Expr],
+    column_range: tuple[tir.Expr, tir.Expr, tir.Expr],
+) -> None:
+    """Transpose a block of columns of x[token : token + tile] into scratch.
+
+    Tokens past the end repeat the last, and are never stored.
+    """
+    token, tokens = token_range
+    first, columns, inputs = column_range
     lanes, tile, x, scratch = schedule.lanes, schedule.tile, args["x"], args.view("scratch", schedule.dtype)
     transpose = tir.transpose_half if schedule.half else tir.transpose
     per_line = max(1, _CACHE_LINE // lanes)
-    full = tir.bind(tir.floor_div(inputs, lanes))
+    full = tir.bind(tir.floor_div(columns, lanes))
 
     def source(offset: tir.Expr) -> tir.Expr:
-        return tir.minimum(token + offset, tokens - 1) * inputs
+        return tir.minimum(token + offset, tokens - 1) * inputs + first
 
     def narrowed(value: tir.Expr, count: int) -> tir.Expr:
         return tir.cast("float16" if count == 1 else f"float16x{count}", value) if schedule.half else value
@@ -90,9 +96,30 @@ def _gather_tile(args: tir.Arguments, schedule: QuadShape, token: tir.Expr, toke
             square = [tir.bind(narrowed(tir.load(x, rows[i] + column, lanes), lanes)) for i in range(lanes)]
             for i, vector in enumerate(transpose(square)):
                 tir.store(scratch, (column + i) * tile + v * lanes, vector, lanes)
-    with tir.loop(inputs - full * lanes) as rest, tir.loop(tile) as t:
+    with tir.loop(columns - full * lanes) as rest, tir.loop(tile) as t:
         column = tir.bind(full * lanes + rest)
         tir.store(scratch, column * tile + t, narrowed(tir.load(x, source(t) + column), 1))
+
+
+def _add_block(
+    args: tir.Arguments,
+    schedule: QuadShape,
+    block: tuple[tir.Expr, tir.Expr],
+    places: tuple[tir.Expr, tir.Expr],
+    token_range: tuple[tir.Expr, tir.Expr],
+    row_range: tuple[tir.Expr, tir.Expr, tir.Expr],
+) -> None:
+    """Add a block of columns to the sums of a chunk."""
+    (b, blocks), (start, sums) = block, places
+    begin, end = tir.bind(args["w3"][start]), tir.bind(args["w3"][start + 1])
+    maps = (args.view("scratch", schedule.dtype), tir.const(schedule.tile, "int64")) if schedule.half else None
+    with tir.loop(end - begin) as q:
+        with tir.when(b == blocks - 1):
+            _prefetch_outputs(args, schedule, (q, end - begin), token_range, row_range)
+        quad = Quad(args, schedule, tir.bind(begin + q), sums)
+        quad.begin(b)
+        quad.add(tir.const(0, "int64"), maps)
+        quad.keep()
 
 
 def _prefetch_outputs(

@@ -265,9 +265,15 @@ def loop(extent: Expr | int) -> Any:
     return _script().serial(extent)
 
 
-def prefetch(buffer: Expr, index: Expr) -> None:
-    """Ask for the cache line of an entry, into the L2 cache (LLVM's `prefetch` for reading, locality 2)."""
-    hints = [const(value, "int32") for value in (0, 2, 1)]
+def prefetch(buffer: Expr, index: Expr, locality: int = 2) -> None:
+    """Ask for the cache line of an entry (LLVM's `prefetch` for reading).
+
+    Args:
+        buffer: that holds the entry.
+        index: of the entry.
+        locality: 3 brings it into the L1 cache, 2 into the L2 cache.
+    """
+    hints = [const(value, "int32") for value in (0, locality, 1)]
     call = _tirx().call_llvm_intrin("void", "llvm.prefetch.p0", _address_of(buffer, index), *hints)
     _script().evaluate(call)
 

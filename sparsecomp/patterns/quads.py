@@ -3,8 +3,8 @@
 The kernels of linears and convolutions add to the sums of four rows at once. Rows are sorted by how many columns they
 keep, so that the four of a quad need one count and few zeros to fill it up, and the loops of neighbouring quads end at
 the same place, which the branch predictor likes. Among rows of about the same count, those that share most columns
-become the pairs of a quad: a shared column is loaded once for two rows. Four column numbers make one word of 64 bits,
-since loads are what bounds the loop.
+become the pairs of a quad: a shared column is loaded once for two rows. A column number within its block has 8 bits,
+and eight of them make one word of 64 bits, since loads are what bounds the loop.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ Int32 = npt.NDArray[np.int32]
 
 QUAD = 4
 QUAD_FIELDS = 8
+MOST_COLUMNS = 256
+"""Columns of a block, whose numbers have 8 bits."""
 WORDS_AHEAD = 2
 """Words that kernels load before they need them: so many zeros follow the last."""
+_WORD = 8  # columns
 # Cells of the overlap matrices in memory at once while rows are matched.
 _OVERLAP_CELLS = 1 << 24
 # Rows among which partners are looked for; beyond, their counts differ too much.
@@ -38,12 +41,12 @@ class QuadWeight:
         shape: (O, K) of the weight.
         groups: groups that the rows fall into.
         chunk: rows of a chunk, a multiple of 4; the last chunk of a group may have fewer.
-        block: columns of a block, at most 65536; the last block may have fewer.
-        values: float32; for a word of shared columns 8, for another one 4.
-        words: uint64, each four columns within their block: of a pair, the other pair, twice; or of the four rows.
-            `WORDS_AHEAD` zeros follow.
-        quads: int32 `[quads, 8]`: where its values start, where its words start, words of shared columns, other words,
-            its four rows within the chunk; `chunk` stands for no row.
+        block: columns of a block, at most 256; the last block may have fewer.
+        values: float32; for a half word of shared columns 8, for another one 4.
+        words: uint64, each eight columns within their block, in two halves: of a pair, the other pair, twice; or of the
+            four rows. Those of the four rows begin a new word. `WORDS_AHEAD` zeros follow.
+        quads: int32 `[quads, 8]`: where its values start, where its words start, half words of shared columns, other
+            half words, its four rows within the chunk; `chunk` stands for no row.
         starts: int32 `[chunks * blocks + 1]`, the first quad of each block of each chunk.
     """
 
@@ -83,7 +86,7 @@ class QuadWeight:
         Args:
             weight: `[O, K]`, float32 or a type that float32 holds exactly; negative zeros are dropped as zeros.
             chunk: rows of a chunk, a multiple of 4.
-            block: columns of a block, 1 to 65536.
+            block: columns of a block, 1 to 256.
             groups: groups of rows; they divide O.
 
         Raises:
@@ -91,9 +94,9 @@ class QuadWeight:
         """
         if weight.dim() != 2:
             raise ValueError(f"a weight is a matrix [outputs, inputs]; given shape {tuple(weight.shape)}")
-        if chunk < QUAD or chunk % QUAD or not 1 <= block <= 65536:
+        if chunk < QUAD or chunk % QUAD or not 1 <= block <= MOST_COLUMNS:
             raise ValueError(
-                f"chunk must be a multiple of 4 and block within 1 to 65536; given chunk={chunk}, block={block}"
+                f"chunk must be a multiple of 4 and block 1 to {MOST_COLUMNS}; given chunk={chunk}, block={block}"
             )
         if groups < 1 or weight.shape[0] % groups:
             raise ValueError(f"groups must divide the {weight.shape[0]} rows of the weight; given {groups}")
@@ -110,7 +113,7 @@ class QuadWeight:
     def unpack(self) -> Tensor:
         """Return the weight `[O, K]` in float32, bit for bit as packed but for negative zeros."""
         dense = np.zeros(self.shape, np.float32)
-        columns = self.words.view(np.uint16)
+        columns = self.words.view(np.uint8)
         for chunk in range(self.groups * self.group_chunks if self.shape[1] else 0):
             group, index = divmod(chunk, self.group_chunks)
             first_row = group * self.group_rows + index * self.chunk
@@ -124,14 +127,14 @@ class QuadWeight:
 
 
 def _entries(quad: Int32) -> list[tuple[int, int, int]]:
-    """For every slot of a quad its row in the chunk, where its value and where its column (of 16 bits) stand."""
+    """For every slot of a quad its row in the chunk, where its value and where its column (of 8 bits) stand."""
     value, word, shared, own = (int(field) for field in quad[:4])
     rows = [int(row) for row in quad[QUAD_FIELDS - QUAD :]]
     steps = [(step, member) for step in range(2 * shared) for member in range(QUAD)]
-    found = [(rows[member], value + 4 * step + member, 4 * word + 2 * step + member // 2) for step, member in steps]
-    value, word = value + 8 * shared, word + shared
+    found = [(rows[member], value + 4 * step + member, 8 * word + 2 * step + member // 2) for step, member in steps]
+    value, word = value + 8 * shared, word + -(-shared // 2)
     steps = [(step, member) for step in range(own) for member in range(QUAD)]
-    return found + [(rows[member], value + 4 * step + member, 4 * (word + step) + member) for step, member in steps]
+    return found + [(rows[member], value + 4 * step + member, 8 * word + 4 * step + member) for step, member in steps]
 
 
 class _Builder:
@@ -140,14 +143,14 @@ class _Builder:
     def __init__(self, block: int) -> None:
         self._block = block
         self._values: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)]
-        self._columns: list[npt.NDArray[np.uint16]] = [np.empty(0, np.uint16)]
+        self._columns: list[npt.NDArray[np.uint8]] = [np.empty(0, np.uint8)]
         self._quads: list[Int32] = [np.empty((0, QUAD_FIELDS), np.int32)]
         self._counts: list[int] = []
         self._value_count = self._word_count = 0
 
     def arrays(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint64], Int32, Int32]:
         starts = np.concatenate([[0], np.cumsum(self._counts, dtype=np.int64)]).astype(np.int32)
-        spare = np.zeros(QUAD * WORDS_AHEAD, np.uint16)
+        spare = np.zeros(_WORD * WORDS_AHEAD, np.uint8)
         words = np.concatenate([*self._columns, spare]).view(np.uint64)
         return np.concatenate(self._values), words, np.concatenate(self._quads), starts
 
@@ -167,19 +170,20 @@ class _Builder:
         taken = common & (np.cumsum(common, axis=2) <= shared[:, None, None])
         own = kept & ~np.repeat(taken, 2, axis=1)
         steps = own.sum(axis=2).max(axis=1)
-        value_counts, word_counts = 4 * (shared + steps), shared // 2 + steps
+        value_counts, shared_words = 4 * (shared + steps), -(-shared // 4)
+        word_counts = shared_words + -(-steps // 2)
         value0, word0 = np.cumsum(value_counts) - value_counts, np.cumsum(word_counts) - word_counts
         packed = np.zeros(int(value_counts.sum()), np.float32)
-        columns = np.zeros(4 * int(word_counts.sum()), np.uint16)
+        columns = np.zeros(_WORD * int(word_counts.sum()), np.uint8)
 
         quad, pair, column = np.nonzero(taken)
         step = (np.cumsum(taken, axis=2) - 1)[quad, pair, column]
-        columns[4 * word0[quad] + 2 * step + pair] = column
+        columns[_WORD * word0[quad] + 2 * step + pair] = column
         for member in (0, 1):
             packed[value0[quad] + 4 * step + 2 * pair + member] = values[quad, 2 * pair + member, column]
         quad, row, column = np.nonzero(own)
         step = (np.cumsum(own, axis=2) - 1)[quad, row, column]
-        columns[4 * (word0 + shared // 2)[quad] + 4 * step + row] = column
+        columns[_WORD * (word0 + shared_words)[quad] + 4 * step + row] = column
         packed[(value0 + 4 * shared)[quad] + 4 * step + row] = values[quad, row, column]
 
         heads = np.stack([self._value_count + value0, self._word_count + word0, shared // 2, steps], axis=1)
@@ -189,7 +193,7 @@ class _Builder:
         self._values.append(packed)
         self._columns.append(columns)
         self._value_count += len(packed)
-        self._word_count += len(columns) // 4
+        self._word_count += len(columns) // _WORD
 
 
 def _fours(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

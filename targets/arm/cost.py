@@ -107,11 +107,12 @@ def _rows(cpu: ArmCpu, problem: Problem, kernel: str) -> Cost:
     quads = math.ceil(shape[0] / 4) * math.ceil(shape[1] / block)
     passes = call.tiles * call.share(problem.threads)
     tile = call.variant * level.lanes
+    gathers = schedules.gathers(level, call, shape[0], cpu.caches.l2)
     # Sums of float16 leave as two vectors of float32, which are added to those that wait.
     sums = 4 * call.variant * _SUM * (4 if half else 1)
     cycles = _entries(cpu, facts, call.variant, kernel) + quads * (_QUAD + sums)
-    cycles += (call.splits * shape[1] + shape[0]) * tile * _TRANSPOSED + shape[0] * tile * _STORED
-    nbytes = (4 if half else 6) * facts.nonzeros + 32 * quads
+    cycles += (gathers * shape[1] + shape[0]) * tile * _TRANSPOSED + shape[0] * tile * _STORED
+    nbytes = (3 if half else 5) * facts.nonzeros + 32 * quads
     return Cost(passes * cycles, _memory(cpu, nbytes, passes))
 
 

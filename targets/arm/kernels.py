@@ -124,6 +124,7 @@ class LinearWeight:
     sizes: dict[str, int]
     arrays: Arrays
     kernel: str
+    l2: int
 
     @classmethod
     def pack(cls, level: ArmLevel, caches: Caches, candidate: Candidate, weight: Tensor) -> LinearWeight:
@@ -141,7 +142,7 @@ class LinearWeight:
             if kernel == HALF:
                 values = _narrowed(values)
             sizes = {"block": quads.block, "blocks": quads.blocks, "chunk": quads.chunk}
-            return cls(level, shape, sizes, (values, *others), kernel)
+            return cls(level, shape, sizes, (values, *others), kernel, caches.l2)
         if kernel not in ("dense", "panel"):
             raise ValueError(f"there is no ARM kernel {kernel!r}")
         v = DENSE_V if candidate.is_dense else dict(candidate.params)["v"]
@@ -149,7 +150,7 @@ class LinearWeight:
         full = candidate.is_dense
         panels = PanelWeight.full(weight, v) if full else PanelWeight.pack(weight, v, signed_zeros=False)
         # The stored width of a panel is the same for all tiles.
-        return cls(level, shape, {"v": v}, tuple(panel.weights(panels, panel_schedule(v, 1).width)), kernel)
+        return cls(level, shape, {"v": v}, tuple(panel.weights(panels, panel_schedule(v, 1).width)), kernel, caches.l2)
 
     def call(self, tokens: int, threads: int, epilogue: Epilogue) -> SiteCall:
         """Cut a call.
@@ -175,8 +176,9 @@ class LinearWeight:
         cut = schedules.row_call(level, tokens, self.shape, threads)
         shape = row_schedule(cut.variant, self.kernel)
         block, blocks, chunk = self.sizes["block"], self.sizes["blocks"], self.sizes["chunk"]
-        dims = (tokens, self.shape[1], self.shape[0], blocks, block * shape.tile, chunk, cut.splits)
-        scratch = rows.scratch_floats(self.shape[1], chunk, shape)
+        together = schedules.together(chunk, shape.tile, self.l2)
+        dims = (tokens, self.shape[1], self.shape[0], blocks, block, block * shape.tile, chunk, together, cut.splits)
+        scratch = rows.scratch_floats(block, chunk, together, shape)
         source = source_of(level, f"{self.kernel}_{cut.variant}", shape, epilogue, lambda: rows.build(shape, epilogue))
         return SiteCall(Call(source, self.arrays, dims, cut.items, scratch, shape.tile))
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import DepthwiseSchedule, Layout
+from sparsecomp.patterns.quads import MOST_COLUMNS
 from sparsecomp.targets.cpu.level import Caches, Level
+from sparsecomp.targets.cpu.schedules import L2_SHARE
 from sparsecomp.window import Maps, Window
 
 # Share of the L1 cache that a packed block takes; weights and sums stream through the rest.
 L1_SHARE = 0.8
-# Share of the L2 cache that the sums of a tile may take.
-L2_SHARE = 0.5
 # Rows that are sorted by their counts together, and the least that a thread gets.
 CHUNK = 128
 # Cost of a kept weight beside its multiply-adds, in vectors of positions.
@@ -63,12 +63,12 @@ def widest(level: Level) -> tuple[int, ...]:
 
 def packing(level: Level, shape: tuple[int, int], groups: int, vectors: int, l1: int) -> dict[str, int]:
     """`chunk`, `block` and `groups` for `QuadWeight.pack`: even blocks that fit the L1 cache."""
-    columns = max(1, int(L1_SHARE * l1) // (4 * level.lanes * vectors))
+    columns = min(MOST_COLUMNS, max(1, int(L1_SHARE * l1) // (4 * level.lanes * vectors)))
     blocks = max(1, math.ceil(shape[1] / columns))
     rows = shape[0] // groups
     chunks = max(1, math.ceil(rows / CHUNK))
     chunk = math.ceil(math.ceil(rows / chunks) / 4) * 4
-    return {"chunk": max(chunk, 4), "block": min(max(1, math.ceil(shape[1] / blocks)), 65536), "groups": groups}
+    return {"chunk": max(chunk, 4), "block": max(1, math.ceil(shape[1] / blocks)), "groups": groups}
 
 
 def call(

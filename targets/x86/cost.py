@@ -69,9 +69,9 @@ def _rows(machine: Machine, candidate: Candidate, problem: Problem) -> Quantitie
         "step": passes * loads,
         "quad": passes * quads,
         "sums": passes * quads * vectors,
-        "transpose_in": passes * call.splits * shape[1] * tile,
+        "transpose_in": passes * schedules.gathers(level, call, shape[0], machine.caches.l2) * shape[1] * tile,
         "transpose_out": passes * shape[0] * tile,
-        **traffic(machine, 4 * nonzeros + 2 * loads + 32 * quads, passes, problem.threads),
+        **traffic(machine, 4 * nonzeros + loads + 32 * quads, passes, problem.threads),
         "call": 1.0,
     }
 

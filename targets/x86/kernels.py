@@ -109,8 +109,10 @@ class RowsKernel(X86Kernel):
         call = schedules.row_call(self._level, tokens, self._shape, threads)
         schedule = self._schedule(call.variant)
         blocks = -(-inputs // self._block)
-        dims = [tokens, inputs, outputs, blocks, self._block * schedule.tile, self._chunk, call.splits]
-        return call.variant, dims, call.items, rows.scratch_floats(inputs, self._chunk, schedule)
+        together = schedules.together(self._chunk, schedule.tile, caches().l2)
+        dims = [tokens, inputs, outputs, blocks, self._block, self._block * schedule.tile]
+        dims += [self._chunk, together, call.splits]
+        return call.variant, dims, call.items, rows.scratch_floats(self._block, self._chunk, together, schedule)
 
     def _schedule(self, variant: int) -> QuadShape:
         return QuadShape(self._level.lanes, variant, schedules.spread(self._level))

@@ -79,8 +79,8 @@ def pack_conv(level: Level, candidate: Candidate, weight: Tensor, window: Window
 
 
 def _arrays(packed: QuadWeight) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of quads by the names of an operation's inputs; ONNX knows no words of 64 bits with four columns."""
-    columns = packed.words.view(np.uint16)
+    """The arrays of quads by the names of an operation's inputs; ONNX knows no words of eight columns."""
+    columns = packed.words.view(np.uint8)
     return {"values": packed.values, "columns": columns, "quads": packed.quads, "starts": packed.starts}
 
 
@@ -158,7 +158,7 @@ def ort_target(level: Level) -> OrtTarget:
     constants = {
         "conv_step_cost": conv_schedules.STEP_COST,
         "conv_runs_cost": conv_schedules.RUNS_COST,
-        "conv_sums_bytes": int(conv_schedules.L2_SHARE * caches().l2),
+        "sums_bytes": int(schedules.L2_SHARE * caches().l2),
         "l1_line": conv_schedules.LINE,
         "l1_sets": conv_schedules.SETS,
         "l1_ways": caches().l1 // (4 * conv_schedules.LINE * conv_schedules.SETS),

@@ -208,9 +208,9 @@ class X86Target(Target):
         if candidate.kernel == "rows":
             packing = schedules.row_packing(self._level, (outputs, inputs), self._machine.caches.l1, nonzeros)
             quads = -(-outputs // 4) * -(-inputs // packing["block"])
-            return 6 * nonzeros + 32 * quads
+            return 5 * nonzeros + 32 * quads
         if candidate.kernel == "conv":
-            return 6 * nonzeros + 16 * inputs
+            return 5 * nonzeros + 16 * inputs
         if candidate.kernel == "gather":
             group = schedules.gather_schedule(self._level).group
             return 6 * (nonzeros + outputs * group // 2) + 4 * outputs

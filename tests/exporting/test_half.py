@@ -83,7 +83,7 @@ class TestBadInput:
         ((24, 40), (9, 11), 3, {"pads": [1, 1, 1, 1]}),
         ((5, 12), (17, 30), 3, {"strides": [2, 2], "pads": [1, 1, 1, 1]}),
         ((96, 16), (8, 8), 3, {"group": 4, "pads": [1, 1, 1, 1]}),
-        ((600, 8), (4, 8), 1, {}),
+        ((600, 24), (8, 16), 1, {}),
     ],
     ids=["in-place-before", "masked", "strided", "grouped", "several-blocks"],
 )

@@ -44,14 +44,16 @@ def run(
     epilogue: Epilogue,
     *,
     splits: int = 1,
+    together: int = 2,
     threads: int = 1,
     target: dict[str, object] = HERE,
 ) -> torch.Tensor:
     tokens, width = inputs.x.shape
     source = KernelSource("rows", f"{schedule} {epilogue}", lambda: rows.build(schedule, epilogue), target)
-    dims = [tokens, width, packed.shape[0], packed.blocks, packed.block * schedule.tile, packed.chunk, splits]
+    dims = [tokens, width, packed.shape[0], packed.blocks, packed.block, packed.block * schedule.tile]
+    dims += [packed.chunk, together, splits]
     items = -(-tokens // schedule.tile) * splits
-    scratch = rows.scratch_floats(width, packed.chunk, schedule)
+    scratch = rows.scratch_floats(packed.block, packed.chunk, together, schedule)
     arrays = rows.weights(packed)
     return run_kernel(source, arrays, dims, items, scratch, inputs, residual=epilogue.residual, threads=threads)
 

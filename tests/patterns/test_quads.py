@@ -22,7 +22,7 @@ def weight(outputs: int, columns: int, density: float, seed: int = 0) -> torch.T
     columns=st.integers(0, 60),
     groups=st.integers(1, 3),
     chunk=st.sampled_from((4, 8, 32)),
-    block=st.integers(1, 64),
+    block=st.sampled_from((1, 5, 16, 64, 256)),
     density=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
@@ -48,7 +48,7 @@ def test_a_quad_has_four_rows_of_its_chunk_and_every_row_once() -> None:
 def test_words_that_are_loaded_ahead_of_the_last_quad_are_there() -> None:
     packed = QuadWeight.pack(weight(12, 20, 0.3), chunk=8, block=8)
     last = packed.quads[-1]
-    assert last[1] + last[2] + last[3] + WORDS_AHEAD == len(packed.words)
+    assert last[1] + -(-last[2] // 2) + -(-last[3] // 2) + WORDS_AHEAD == len(packed.words)
     assert not packed.words[-WORDS_AHEAD:].any()
 
 
@@ -57,7 +57,7 @@ def test_rows_that_share_columns_load_them_once() -> None:
     pairs = torch.randn(16, 64) * kept.repeat_interleave(2, 0)
     packed = QuadWeight.pack(pairs, chunk=16, block=64)
     words, slots = len(packed.words), int(pairs.count_nonzero())
-    assert 4 * words < 0.75 * slots
+    assert 8 * words < 0.75 * slots
     assert torch.equal(packed.unpack(), pairs)
 
 
@@ -71,7 +71,7 @@ def test_zeros_fill_up_little_of_a_random_weight() -> None:
     ("arguments", "message"),
     [
         ({"chunk": 6, "block": 4}, "multiple of 4"),
-        ({"chunk": 4, "block": 0}, "1 to 65536"),
+        ({"chunk": 4, "block": 0}, "block 1 to 256"),
         ({"chunk": 4, "block": 4, "groups": 3}, "groups must divide the 8 rows"),
     ],
 )

@@ -53,11 +53,25 @@ def test_blocks_of_rows_fit_the_first_cache(level: Level, shape: tuple[int, int]
     assert packing["chunk"] % level.lanes == 0
     assert packing["chunk"] <= level.chunk
     assert math.ceil(shape[0] / packing["chunk"]) == schedules.row_call(level, 1, shape, 1).parts
-    assert 1 <= packing["block"] <= min(shape[1], 65536)
+    assert 16 <= packing["block"] <= 256
+    assert packing["block"] % 16 == 0
     assert packing["block"] * 4 * level.lanes * level.vectors <= level.l1_share * l1
     assert schedules.row_packing(level, shape, l1, few)["block"] >= packing["block"]
     blocks = math.ceil(shape[1] / packing["block"])
-    assert blocks * packing["block"] - shape[1] < max(blocks, packing["block"])
+    assert blocks * packing["block"] - shape[1] < 16 * blocks
+
+
+@given(LEVELS, TOKENS, SHAPES, THREADS, st.sampled_from([1 << 18, 1 << 20]))
+def test_every_block_of_a_tile_is_gathered_for_as_many_chunks_as_the_second_cache_holds(
+    level: Level, tokens: int, shape: tuple[int, int], threads: int, l2: int
+) -> None:
+    call = schedules.row_call(level, tokens, shape, threads)
+    gathers = schedules.gathers(level, call, shape[0], l2)
+    assert call.splits <= gathers <= max(call.splits, call.parts + call.splits)
+    assert schedules.gathers(level, call, shape[0], 1 << 30) == call.splits
+    chunk = schedules.row_packing(level, shape, 32768, 0)["chunk"]
+    count = schedules.together(chunk, call.variant * level.lanes, l2)
+    assert count == 1 or count * (chunk + 1) * call.variant * level.lanes * 4 <= l2 / 2
 
 
 @given(LEVELS, PANELS, TOKENS, SHAPES, THREADS)

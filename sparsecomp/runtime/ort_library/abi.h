@@ -51,7 +51,7 @@ enum {
 #define CALL(api, slot, ...) (((Status * (*)(__VA_ARGS__))(api)[slot]))
 #define RELEASE(api, slot, object) (((void (*)(void *))(api)[slot])(object))
 
-enum { TYPE_FLOAT = 1, TYPE_UINT16 = 4, TYPE_INT32 = 6, TYPE_INT64 = 7 };
+enum { TYPE_FLOAT = 1, TYPE_UINT8 = 2, TYPE_UINT16 = 4, TYPE_INT32 = 6, TYPE_INT64 = 7 };
 enum { CODE_FAIL = 1, CODE_INVALID_ARGUMENT = 2, OPTION_INT = 1 };
 enum { REQUIRED = 0 };
 

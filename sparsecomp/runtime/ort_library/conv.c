@@ -129,7 +129,7 @@ static Cut cut_conv(const Kernel *k, const Geometry *g, int64_t images, int64_t 
     if (v->number > k->vectors || (v->whole && (g->pitch != g->width || tile > length))) continue;
     if (v->direct && !reads_in_place(k, g, tile)) continue;
     int64_t here = ceil_div(length, tile), tiles = v->whole ? images * here : ceil_div(images * length, tile);
-    int64_t fewest = least(chunks, ceil_div(4 * tile * group_rows, CONV_SUMS_BYTES));
+    int64_t fewest = least(chunks, ceil_div(4 * tile * group_rows, SUMS_BYTES));
     int64_t parts = splits_for(tiles * w->groups, chunks, threads, most(fewest, 1)), count = tiles * w->groups * parts;
     double share = (double)ceil_div(count, threads) / (double)count;
     double work = share * (double)tiles * (v->number + CONV_STEP_COST) * (v->whole ? 1.0 : CONV_RUNS_COST);

@@ -8,8 +8,13 @@
 
 enum { STAGE = 16, PANEL_SCRATCH = 16 };
 
+/* Chunks whose sums wait at once. */
+static int64_t rows_together(const Kernel *k, int64_t tile) {
+  return most(1, SUMS_BYTES / (4 * tile * ((int64_t)k->chunk + 1)));
+}
+
 static int64_t rows_scratch(const Kernel *k, int64_t tile) {
-  return (k->inputs + (int64_t)k->chunk + 1) * tile + k->entry->lanes * ((int64_t)k->chunk + STAGE);
+  return (k->block + rows_together(k, tile) * ((int64_t)k->chunk + 1)) * tile + k->entry->lanes * ((int64_t)k->chunk + STAGE);
 }
 
 /* Floats of scratch of the widest variant: indices into it are 32-bit. */
@@ -44,7 +49,7 @@ static Cut cut_rows(const Kernel *k, const Packed *p, int64_t tokens, int64_t th
   int64_t tile = (int64_t)chosen->number * k->entry->lanes;
   return (Cut){chosen->function, p->weights,
                {(int32_t)tokens, k->inputs, k->outputs, (int32_t)ceil_div(k->inputs, k->block),
-                (int32_t)(k->block * tile), k->chunk, (int32_t)splits},
+                k->block, (int32_t)(k->block * tile), k->chunk, (int32_t)rows_together(k, tile), (int32_t)splits},
                (int32_t)(ceil_div(tokens, tile) * splits),
                4 * rows_scratch(k, tile)};
 }

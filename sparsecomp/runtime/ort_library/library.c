@@ -59,7 +59,7 @@ static Status *read_constant(Kernel *k, const void *info, size_t place, int want
 }
 
 static Status *read_weight(Kernel *k, const void *info, Packed *p, int index, size_t place) {
-  static const size_t SIZES[] = {[TYPE_FLOAT] = 4, [TYPE_UINT16] = 2, [TYPE_INT32] = 4};
+  static const size_t SIZES[] = {[TYPE_FLOAT] = 4, [TYPE_UINT8] = 1, [TYPE_UINT16] = 2, [TYPE_INT32] = 4};
   int type = weight_type(p->form->family, index);
   const void *data = NULL;
   Status *status = read_constant(k, info, place, type, &data, &p->lengths[index]);
@@ -124,7 +124,7 @@ static Status *fill(Kernel *k, const void *info) {
     p->form = &e->forms[form];
     if (p->form->family == ROWS || p->form->family == CONV) {
       if ((status = read_size(k, info, "chunk", 65536, &k->chunk))) return status;
-      if ((status = read_size(k, info, "block", 65536, &k->block))) return status;
+      if ((status = read_size(k, info, "block", 256, &k->block))) return status;
     }
     for (int i = 0; i < weight_count(p->form->family); i++)
       if ((status = read_weight(k, info, p, i, place++))) return status;

@@ -7,14 +7,14 @@
 #include "library.h"
 
 static const int TYPES[][WEIGHTS] = {
-    [ROWS] = {TYPE_FLOAT, TYPE_UINT16, TYPE_INT32, TYPE_INT32}, /* values, columns, quads, starts */
+    [ROWS] = {TYPE_FLOAT, TYPE_UINT8, TYPE_INT32, TYPE_INT32},  /* values, columns, quads, starts */
     [PANEL] = {TYPE_FLOAT, TYPE_INT32, TYPE_INT32, 0},          /* values, columns, ptr */
     [GATHER] = {TYPE_FLOAT, TYPE_UINT16, TYPE_INT32, 0},        /* values, columns, ptr */
     [MASK] = {TYPE_FLOAT, TYPE_UINT16, TYPE_INT32, 0},          /* values, masks, ptr */
-    [CONV] = {TYPE_FLOAT, TYPE_UINT16, TYPE_INT32, TYPE_INT32}, /* values, columns, quads, starts */
+    [CONV] = {TYPE_FLOAT, TYPE_UINT8, TYPE_INT32, TYPE_INT32},  /* values, columns, quads, starts */
     [FULL] = {TYPE_FLOAT, 0, 0, 0},                             /* values */
 };
-enum { MASK_BITS = 16, QUAD = 4, QUAD_FIELDS = 8, WORDS_AHEAD = 2 };
+enum { MASK_BITS = 16, QUAD = 4, QUAD_FIELDS = 8, MOST_COLUMNS = 256, WORD = 8, WORDS_AHEAD = 2 };
 
 int weight_type(enum Family family, int index) { return TYPES[family][index]; }
 
@@ -74,15 +74,15 @@ static const char *check_mask(const Kernel *k, Packed *p) {
 
 /* One block of one chunk: its quads begin to end. */
 static const char *check_quads(const Kernel *k, Packed *p, int64_t begin, int64_t end, int64_t members, int64_t width) {
-  const uint16_t *columns = p->weights[1];
+  const uint8_t *columns = p->weights[1];
   for (int64_t q = begin; q < end; q++) {
     const int32_t *quad = (const int32_t *)p->weights[2] + q * QUAD_FIELDS;
     for (int f = 0; f < QUAD_FIELDS; f++)
       if (quad[f] < 0) return "a quad has a negative field";
-    int64_t words = (int64_t)quad[2] + quad[3], values = 2 * QUAD * (int64_t)quad[2] + QUAD * (int64_t)quad[3];
+    int64_t shared = ceil_div(quad[2], 2), words = shared + ceil_div(quad[3], 2), values = 2 * QUAD * (int64_t)quad[2] + QUAD * (int64_t)quad[3];
     if (quad[0] + values > p->lengths[0]) return "a quad reads behind the values";
-    if (QUAD * (quad[1] + words + WORDS_AHEAD) > p->lengths[1]) return "a quad reads behind the columns";
-    for (int64_t c = QUAD * (int64_t)quad[1]; c < QUAD * (quad[1] + words); c++)
+    if (WORD * (quad[1] + words + WORDS_AHEAD) > p->lengths[1]) return "a quad reads behind the columns";
+    for (int64_t c = WORD * (int64_t)quad[1]; c < WORD * (quad[1] + words); c++)
       if (columns[c] >= width) return "a column lies outside of its block";
     for (int m = 0; m < QUAD; m++) {
       int32_t row = quad[QUAD_FIELDS - QUAD + m];
@@ -97,8 +97,8 @@ static const char *check_quads(const Kernel *k, Packed *p, int64_t begin, int64_
 /* Quads of rows over blocks of columns, chunk by chunk in so many groups of rows. */
 static const char *check_rows(const Kernel *k, Packed *p, int64_t groups) {
   if (k->chunk < QUAD || k->chunk % QUAD || k->chunk > 65536) return "attribute chunk must be a multiple of 4 up to 65536";
-  if (k->block < 1 || k->block > 65536) return "attribute block must be from 1 to 65536";
-  if (p->lengths[2] % QUAD_FIELDS || p->lengths[1] % QUAD) return "the quads must be rows of 8, and the columns of 4";
+  if (k->block < 1 || k->block > MOST_COLUMNS) return "attribute block must be from 1 to 256";
+  if (p->lengths[2] % QUAD_FIELDS || p->lengths[1] % WORD) return "the quads must be rows of 8, and the columns of 8";
   int64_t rows = k->outputs / groups, chunks = ceil_div(rows, k->chunk), blocks = ceil_div(k->inputs, k->block);
   const int32_t *starts = p->weights[3];
   const char *wrong = check_ptr(starts, p->lengths[3], groups * chunks * blocks, p->lengths[2] / QUAD_FIELDS);
