@@ -25,7 +25,7 @@ from sparsecomp.kernels import tir
 from sparsecomp.kernels.conv_geometry import check_addressable
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.kernels.quads import Quad, QuadShape, weight_types
-from sparsecomp.patterns.quads import QUAD, QuadWeight
+from sparsecomp.patterns.quads import MOST_COLUMNS, QUAD, QuadWeight
 from sparsecomp.window import Maps, Window
 
 DIMS = (
@@ -51,7 +51,6 @@ DIMS = (
     "total",
 )
 _SPARE = 16  # floats
-_MOST_COLUMNS = 256  # of a block
 _MOST_VECTORS = 256  # of a channel: packing them is written out in the code
 
 
@@ -93,13 +92,13 @@ def channels(window: Window, lanes: int, rows: int, floats: int) -> int:
 
     There is one for columns no more than two apart, and few taps.
     """
-    if window.stride[1] > 2 or window.taps > _MOST_COLUMNS:
+    if window.stride[1] > 2 or window.taps > MOST_COLUMNS:
         return 0
     if rows_read(window, rows) * window.kernel[1] > _MOST_VECTORS:
         return 0
     reach = (window.kernel[0] - 1) * window.dilation[0] + 1
     step = window.stride[0] if window.kernel[0] > 1 else 1
-    return min(_MOST_COLUMNS // reach, floats // (((rows - 1) * step + reach) * lanes)) // window.kernel[1]
+    return min(MOST_COLUMNS // reach, floats // (((rows - 1) * step + reach) * lanes)) // window.kernel[1]
 
 
 def rows_read(window: Window, rows: int) -> int:

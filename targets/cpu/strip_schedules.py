@@ -9,13 +9,12 @@ from sparsecomp.kernels import conv_strips
 from sparsecomp.kernels.depthwise_strips import DepthwiseStrips
 from sparsecomp.targets.cpu import conv_schedules
 from sparsecomp.targets.cpu.level import Caches, Level
+from sparsecomp.targets.cpu.schedules import L2_SHARE
 from sparsecomp.window import Maps, Window
 
 # Most rows of a tile of the depthwise kernel, whose sums are in registers, and what a tile costs beside them, in rows.
 DEPTHWISE_ROWS = {16: 14, 8: 7, 4: 7}
 TILE_COST = 2
-# Share of the L2 cache that the sums of a tile may take.
-L2_SHARE = 0.5
 
 
 def piece(level: Level, width: int) -> int:

@@ -52,6 +52,8 @@ def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)
     return {
         "multiply": passes * facts.nonzeros * call.vectors,
+        # Tiles of more vectors leave no registers for words that are loaded ahead.
+        "wide": passes * facts.nonzeros * call.vectors if call.vectors > 4 else 0.0,
         "load": passes * loads * call.vectors,
         "step": passes * loads,
         "quad": passes * quads,

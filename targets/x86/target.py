@@ -209,7 +209,7 @@ class X86Target(Target):
             packing = schedules.row_packing(self._level, (outputs, inputs), self._machine.caches.l1, nonzeros)
             quads = -(-outputs // 4) * -(-inputs // packing["block"])
             return 5 * nonzeros + 32 * quads
-        if candidate.kernel == "conv":
+        if candidate.kernel in ("conv", "conv_strips"):
             return 5 * nonzeros + 16 * inputs
         if candidate.kernel == "gather":
             group = schedules.gather_schedule(self._level).group

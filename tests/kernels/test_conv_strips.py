@@ -11,6 +11,7 @@ from kernel_cases import needs_avx2, needs_x86
 
 from sparsecomp.kernels import conv_strips
 from sparsecomp.kernels.conv_strips import StripSchedule
+from sparsecomp.patterns.quads import MOST_COLUMNS
 from sparsecomp.targets.base import ConvEpilogue
 from sparsecomp.targets.x86.conv_kernels import X86StripsKernel
 from sparsecomp.targets.x86.cpu import best_level, level
@@ -30,7 +31,7 @@ def test_the_number_of_a_column_is_the_vector_that_its_tap_reads(window: Window,
     arranged = conv_strips.arrange(weight, window, block, pitch)
     blocks = -(-inputs // block)
     width = arranged.shape[1] // blocks
-    assert width <= 256
+    assert width <= MOST_COLUMNS
     assert arranged.count_nonzero() == weight.numel()
     for channel in range(inputs):
         for ky in range(window.kernel[0]):
