@@ -1,4 +1,8 @@
-"""The Wanda criterion: magnitude times the norm of the input (Sun et al. 2023, arXiv:2306.11695, equation 1)."""
+"""The Wanda criterion: magnitude times the norm of the input (Sun et al. 2023, arXiv:2306.11695, equation 1).
+
+The paper takes the norms of the inputs as they are; the collected statistics divide each row by the square root of its
+length before.
+"""
 
 from __future__ import annotations
 
