@@ -49,19 +49,27 @@ def build(schedule: QuadShape, epilogue: Epilogue) -> tir.Expr:
             split = tir.bind(tir.floor_mod(item, splits))
             first = tir.bind(tir.floor_div(split * chunks, splits))
             last = tir.bind(tir.floor_div((split + 1) * chunks, splits))
-            with tir.loop(tir.ceil_div(last - first, together)) as part, tir.loop(blocks) as b:
+            with tir.loop(tir.ceil_div(last - first, together)) as part:
                 at = tir.bind(first + part * together)
-                column = tir.bind(b * block)
-                columns = tir.bind(tir.minimum(block, inputs - column))
-                _gather_block(args, schedule, (token, tokens), (column, columns, inputs))
-                with tir.loop(tir.minimum(together, last - at)) as index:
+                count = tir.bind(tir.minimum(together, last - at))
+
+                def rows_of(index: tir.Expr) -> tuple[tir.Expr, tir.Expr, tir.Expr]:
                     row = tir.bind((at + index) * chunk)
-                    outs = (row, tir.bind(tir.minimum(chunk, outputs - row)), outputs)
+                    return row, tir.bind(tir.minimum(chunk, outputs - row)), outputs
+
+                with tir.loop(blocks) as b:
+                    column = tir.bind(b * block)
+                    columns = tir.bind(tir.minimum(block, inputs - column))
+                    _gather_block(args, schedule, (token, tokens), (column, columns, inputs))
+                    with tir.loop(count) as index:
+                        sums = tir.bind(block_floats + index * chunk_floats)
+                        start = tir.bind((at + index) * blocks + b)
+                        _add_block(args, schedule, (b, blocks), (start, sums), (token, tokens), rows_of(index))
+                # Not within the loop over blocks: LLVM would keep the constants of GELU in registers all along, and
+                # spill sums for them.
+                with tir.loop(count) as index:
                     sums = tir.bind(block_floats + index * chunk_floats)
-                    start = tir.bind((at + index) * blocks + b)
-                    _add_block(args, schedule, (b, blocks), (start, sums), (token, tokens), outs)
-                    with tir.when(b == blocks - 1):
-                        _store_chunk(args, schedule, epilogue, (token, tokens), outs, (sums, stage, stride))
+                    _store_chunk(args, schedule, epilogue, (token, tokens), rows_of(index), (sums, stage, stride))
     return builder.function
 
 
