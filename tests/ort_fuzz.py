@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
-TYPES = (np.float32, np.int32, np.uint16, np.int64)
+TYPES = (np.float32, np.int32, np.uint8, np.uint16, np.int64)
 NUMBERS = (-(2**31), -1, 0, 1, 2, 255, 2**16 - 1, 2**16, 2**31 - 1)
 
 
@@ -41,9 +41,8 @@ def damaged(content: bytes, order: random.Random) -> onnx.ModelProto:
             place = order.randrange(array.size)
             value = int(array.reshape(-1)[place]) if array.dtype.kind in "iu" else 0
             value = order.choice((value + order.randint(-3, 3), order.choice(NUMBERS)))
-            array.reshape(-1)[place] = (
-                value % 2**16 if array.dtype == np.uint16 else min(max(value, -(2**31)), 2**31 - 1)
-            )
+            most = int(np.iinfo(array.dtype).max) if array.dtype.kind == "u" else 2**31 - 1
+            array.reshape(-1)[place] = value & most if array.dtype.kind == "u" else min(max(value, -(2**31)), most)
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     return model
 
