@@ -40,35 +40,35 @@ def build(schedule: QuadShape, epilogue: Epilogue) -> tir.Expr:
         tokens, inputs, outputs, blocks, block, block_floats, chunk, together, splits = args.sizes(*DIMS)
         chunks = tir.bind(tir.ceil_div(outputs, chunk))
         chunk_floats = tir.bind((chunk + 1) * tile)
-        stage = tir.bind(block_floats + together * chunk_floats)
+        stage = tir.settle(block_floats + together * chunk_floats)
         # An odd number of cache lines from row to row of the staging area: they lie in different sets of the cache.
         stride = tir.bind(chunk + _CACHE_LINE)
         with tir.loop(args.end - args.begin) as step:
             item = tir.bind(args.begin + step)
-            token = tir.bind(tir.floor_div(item, splits) * tile)
+            token = tir.settle(tir.floor_div(item, splits) * tile)
             split = tir.bind(tir.floor_mod(item, splits))
             first = tir.bind(tir.floor_div(split * chunks, splits))
             last = tir.bind(tir.floor_div((split + 1) * chunks, splits))
             with tir.loop(tir.ceil_div(last - first, together)) as part:
-                at = tir.bind(first + part * together)
+                at = tir.settle(first + part * together)
                 count = tir.bind(tir.minimum(together, last - at))
 
                 def rows_of(index: tir.Expr) -> tuple[tir.Expr, tir.Expr, tir.Expr]:
-                    row = tir.bind((at + index) * chunk)
-                    return row, tir.bind(tir.minimum(chunk, outputs - row)), outputs
+                    row = tir.settle((at + index) * chunk)  # noqa: B023
+                    return row, tir.settle(tir.minimum(chunk, outputs - row)), outputs
 
                 with tir.loop(blocks) as b:
                     column = tir.bind(b * block)
-                    columns = tir.bind(tir.minimum(block, inputs - column))
+                    columns = tir.settle(tir.minimum(block, inputs - column))
                     _gather_block(args, schedule, (token, tokens), (column, columns, inputs))
                     with tir.loop(count) as index:
-                        sums = tir.bind(block_floats + index * chunk_floats)
+                        sums = tir.settle(block_floats + index * chunk_floats)
                         start = tir.bind((at + index) * blocks + b)
                         _add_block(args, schedule, (b, blocks), (start, sums), (token, tokens), rows_of(index))
                 # Not within the loop over blocks: LLVM would keep the constants of GELU in registers all along, and
                 # spill sums for them.
                 with tir.loop(count) as index:
-                    sums = tir.bind(block_floats + index * chunk_floats)
+                    sums = tir.settle(block_floats + index * chunk_floats)
                     _store_chunk(args, schedule, epilogue, (token, tokens), rows_of(index), (sums, stage, stride))
     return builder.function
 
@@ -119,7 +119,7 @@ def _add_block(
 ) -> None:
     """Add a block of columns to the sums of a chunk."""
     (b, blocks), (start, sums) = block, places
-    begin, end = tir.bind(args["w3"][start]), tir.bind(args["w3"][start + 1])
+    begin, end = tir.settle(args["w3"][start]), tir.settle(args["w3"][start + 1])
     maps = (args.view("scratch", schedule.dtype), tir.const(schedule.tile, "int64")) if schedule.half else None
     with tir.loop(end - begin) as q:
         with tir.when(b == blocks - 1):

@@ -124,6 +124,17 @@ def bind(value: Expr) -> Expr:
     return _script().Bind(value)
 
 
+def settle(value: Expr, dtype: str = "int32") -> Expr:
+    """As `bind`, and TVM does not look behind the variable.
+
+    Its analysis puts the values of variables into each other, which takes seconds where many follow from each other.
+    LLVM sees through it.
+    """
+    held = registers(1, dtype)
+    store(held, 0, value)
+    return bind(held[0])
+
+
 def const(value: float, dtype: str = "float32", lanes: int = 1) -> Expr:
     """A constant, in every lane."""
     scalar = _tirx().IntImm(dtype, int(value)) if "int" in dtype else _tirx().FloatImm(dtype, float(value))
