@@ -54,7 +54,7 @@ def build(schedule: QuadShape, epilogue: Epilogue) -> tir.Expr:
                 count = tir.bind(tir.minimum(together, last - at))
 
                 def rows_of(index: tir.Expr) -> tuple[tir.Expr, tir.Expr, tir.Expr]:
-                    row = tir.settle((at + index) * chunk)  # noqa: B023
+                    row = tir.settle((at + index) * chunk)
                     return row, tir.settle(tir.minimum(chunk, outputs - row)), outputs
 
                 with tir.loop(blocks) as b:
