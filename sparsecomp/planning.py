@@ -299,11 +299,10 @@ class _Job:
         skippers = [site for name, site in priced.sites.items() if offered and _can_skip(entries[name], priced)]
         if forms and not skippers:
             tokens = max(entry.tokens for site in entries.values() for entry in site)
-            kinds = f"of {' and '.join(target.skips)}" if target.skips else "of no form"
             raise ValueError(
                 f"skips are for linears at up to {target.skip_tokens} tokens, on a target with kernels for them; "
-                f"{target.name} has kernels {kinds}, and the call that the latency is of has {tokens} tokens: give "
-                f"inputs=... of one token"
+                f"{target.name} has them of {' and '.join(target.skips) or 'no form'}, and the call that the latency "
+                f"is of has {tokens} tokens: give inputs=... of one token"
             )
         ffns = _blocks_of(self._model, entries) if skippers else []
         task = self._bar.add_task("estimating losses", total=len(priced.sites) + len(skippers) + len(ffns))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from kernel_cases import Guarded, close
 
 from sparsecomp.targets.base import ConvEpilogue, ConvKernel
+from sparsecomp.targets.cpu.level import Level
 from sparsecomp.window import Window, convolve
 
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -43,3 +47,19 @@ def check(kernel: ConvKernel, x: torch.Tensor, weight: torch.Tensor, window: Win
     kernel.run(x, terms, added, ConvEpilogue("relu", True), out.tensor)
     out.check()
     close(out.tensor, expected(x, weight, window, terms, added))
+
+
+def check_maps(
+    kind: Callable[..., Any],
+    machine: Level,
+    inputs: int,
+    outputs: int,
+    size: tuple[int, int],
+    images: int,
+    window: Window,
+) -> None:
+    """Check a class of kernels on maps of a network, at the widest tile that the level has registers for."""
+    weight = random_weight(outputs, inputs, window, 0.2)
+    x = torch.randn(images, inputs, *size, generator=torch.Generator().manual_seed(0))
+    vectors = 7 if machine.lanes == 16 else 3
+    check(kind(machine, weight, window, vectors), x, weight, window, residual=False)

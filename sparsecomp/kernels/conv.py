@@ -179,18 +179,31 @@ class _Tile:
     masks: tir.Expr
 
 
+def item_of(d: Mapping[str, tir.Expr], number: tir.Expr) -> tuple[tir.Expr, tir.Expr, tir.Expr, tir.Expr]:
+    """The tile, the group, the first chunk and the number of chunks of a work item.
+
+    Item i is tile `i // parts`; `i % parts` counts groups, and in each splits of its chunks.
+    """
+    item = tir.bind(number)
+    index, part = tir.bind(tir.floor_div(item, d["parts"])), tir.bind(tir.floor_mod(item, d["parts"]))
+    group, split = tir.bind(tir.floor_div(part, d["splits"])), tir.bind(tir.floor_mod(part, d["splits"]))
+    first_chunk = tir.bind(tir.floor_div(split * d["group_chunks"], d["splits"]))
+    return (
+        index,
+        group,
+        first_chunk,
+        tir.bind(tir.floor_div((split + 1) * d["group_chunks"], d["splits"]) - first_chunk),
+    )
+
+
 def build(schedule: ConvSchedule, epilogue: Epilogue) -> tir.Expr:
-    """The kernel in TIR. Item i is tile `i // parts`; `i % parts` counts groups, and in each splits of its chunks."""
+    """The kernel in TIR; its items are those of `item_of`."""
     builder = tir.KernelBuilder("conv", weight_types(schedule))
     tile = schedule.tile
     with builder.build() as args:
         d = dict(zip(DIMS, args.sizes(*DIMS), strict=True))
         with tir.loop(args.end - args.begin) as step:
-            item = tir.bind(args.begin + step)
-            index, part = tir.bind(tir.floor_div(item, d["parts"])), tir.bind(tir.floor_mod(item, d["parts"]))
-            group, split = tir.bind(tir.floor_div(part, d["splits"])), tir.bind(tir.floor_mod(part, d["splits"]))
-            first_chunk = tir.bind(tir.floor_div(split * d["group_chunks"], d["splits"]))
-            chunks = tir.bind(tir.floor_div((split + 1) * d["group_chunks"], d["splits"]) - first_chunk)
+            index, group, first_chunk, chunks = item_of(d, args.begin + step)
             if schedule.whole:
                 image = tir.bind(tir.floor_div(index, d["image_tiles"]))
                 # The last tile of an image ends with it and computes some positions again.

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from sparsecomp.kernels import tir
+from sparsecomp.kernels.conv import item_of
 from sparsecomp.kernels.conv_geometry import check_addressable
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.kernels.quads import Quad, QuadShape, weight_types
@@ -202,18 +203,14 @@ class _Tile:
 
 
 def build(schedule: StripSchedule, epilogue: Epilogue) -> tir.Expr:
-    """The kernel in TIR. Item i is tile `i // parts`; `i % parts` counts groups, and in each splits of its chunks."""
+    """The kernel in TIR; its items are those of `item_of`."""
     builder = tir.KernelBuilder("conv_strips", weight_types(schedule))
     lanes, rows, tile = schedule.lanes, schedule.vectors, schedule.tile
     with builder.build() as args:
         d = dict(zip(DIMS, args.sizes(*DIMS), strict=True))
         sums = d["block_floats"]
         with tir.loop(args.end - args.begin) as step:
-            item = tir.bind(args.begin + step)
-            index, part = tir.bind(tir.floor_div(item, d["parts"])), tir.bind(tir.floor_mod(item, d["parts"]))
-            group, split = tir.bind(tir.floor_div(part, d["splits"])), tir.bind(tir.floor_mod(part, d["splits"]))
-            first_chunk = tir.bind(tir.floor_div(split * d["group_chunks"], d["splits"]))
-            chunks = tir.bind(tir.floor_div((split + 1) * d["group_chunks"], d["splits"]) - first_chunk)
+            index, group, first_chunk, chunks = item_of(d, args.begin + step)
             strip, band = tir.floor_mod(index, d["strips"]), tir.bind(tir.floor_div(index, d["strips"]))
             # The last tiles end with the map and compute some positions again.
             x = tir.bind(tir.maximum(tir.minimum(strip * lanes, d["out_width"] - lanes), 0))

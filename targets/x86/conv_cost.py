@@ -6,7 +6,7 @@ import math
 
 from sparsecomp.kernels import conv_strips
 from sparsecomp.kernels.conv_geometry import Geometry
-from sparsecomp.targets.base import Candidate, Problem
+from sparsecomp.targets.base import Candidate, Problem, WeightFacts
 from sparsecomp.targets.cpu import conv_schedules as schedules
 from sparsecomp.targets.cpu import strip_schedules
 from sparsecomp.targets.cpu.counts import ACTIVATION_COST, shared_loads
@@ -47,25 +47,32 @@ def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     # Passes over the whole weight that the busiest thread makes.
     passes = call.tiles * call.share(problem.threads)
     packed = passes * call.splits * window.groups * shape[1]
-    loads = facts.nonzeros - shared_loads(facts)
     quads = math.ceil(rows[0] / 4) * window.groups * blocks
     planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)
     return {
-        "multiply": passes * facts.nonzeros * call.vectors,
-        # Tiles of more vectors leave no registers for words that are loaded ahead.
-        "wide": passes * facts.nonzeros * call.vectors if call.vectors > 4 else 0.0,
-        "load": passes * loads * call.vectors,
-        "step": passes * loads,
-        "quad": passes * quads,
-        "sums": passes * shape[0] * blocks * call.vectors,
+        **_inner_loop(facts, call.vectors, passes, quads, blocks),
         "pack_row": 0.0 if call.direct else packed,
         "pack": 0.0 if call.direct else packed * call.vectors,
         "direct": packed * call.vectors if call.direct else 0.0,
         "masked": packed * call.vectors if geometry.masked else 0.0,
         "runs": 0.0 if call.whole else passes * shape[0] * call.vectors,
         "open": planes * geometry.rows * geometry.pitch / problem.threads if geometry.opened else 0.0,
-        **traffic(machine, 6 * facts.nonzeros + 32 * quads, passes, problem.threads),
+        **traffic(machine, 5 * facts.nonzeros + 32 * quads, passes, problem.threads),
         "call": 1.0,
+    }
+
+
+def _inner_loop(facts: WeightFacts, vectors: int, passes: float, quads: int, blocks: int) -> Quantities:
+    """What the loop over quads does in so many passes over a weight, which both kernels share."""
+    loads = facts.nonzeros - shared_loads(facts)
+    return {
+        "multiply": passes * facts.nonzeros * vectors,
+        # Tiles of more vectors leave no registers for words that are loaded ahead.
+        "wide": passes * facts.nonzeros * vectors if vectors > 4 else 0.0,
+        "load": passes * loads * vectors,
+        "step": passes * loads,
+        "quad": passes * quads,
+        "sums": passes * facts.out_features * blocks * vectors,
     }
 
 
@@ -84,22 +91,15 @@ def _strips(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     passes = call.tiles * call.share(problem.threads)
     channels = passes * call.splits * window.groups * shape[1] // window.taps
     packed = channels * window.kernel[1] * conv_strips.rows_read(window, call.vectors)
-    loads = facts.nonzeros - shared_loads(facts)
     quads = math.ceil(rows / 4) * window.groups * blocks
     narrow = window.output(maps.height, maps.width)[1] < level.lanes
     return {
-        "multiply": passes * facts.nonzeros * call.vectors,
-        # Tiles of more vectors leave no registers for words that are loaded ahead.
-        "wide": passes * facts.nonzeros * call.vectors if call.vectors > 4 else 0.0,
-        "load": passes * loads * call.vectors,
-        "step": passes * loads,
-        "quad": passes * quads,
-        "sums": passes * shape[0] * blocks * call.vectors,
+        **_inner_loop(facts, call.vectors, passes, quads, blocks),
         "channel": channels,
         "pack": packed,
         "pack_step": packed if window.stride[1] > 1 else 0.0,
         "pieces": passes * shape[0] * call.vectors if narrow else 0.0,
-        **traffic(machine, 6 * facts.nonzeros + 32 * quads, passes, problem.threads),
+        **traffic(machine, 5 * facts.nonzeros + 32 * quads, passes, problem.threads),
         "call": 1.0,
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conv_cases import check, random_weight, windows
+from conv_cases import check, check_maps, random_weight, windows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import needs_avx2, needs_x86
@@ -104,11 +104,7 @@ SHAPES = [
 def test_maps_of_networks(
     level_name: str, inputs: int, outputs: int, size: tuple[int, int], images: int, window: Window
 ) -> None:
-    machine = level(level_name)
-    weight = random_weight(outputs, inputs, window, 0.2)
-    x = torch.randn(images, inputs, *size, generator=torch.Generator().manual_seed(0))
-    vectors = 7 if machine.lanes == 16 else 3
-    check(X86StripsKernel(machine, weight, window, vectors), x, weight, window, residual=False)
+    check_maps(X86StripsKernel, level(level_name), inputs, outputs, size, images, window)
 
 
 @needs_x86
