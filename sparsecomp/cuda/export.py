@@ -71,8 +71,10 @@ def export_cuda(
     program, title = _program(model, inputs)
     layers, report = _layers(program, _Exported(chosen_for), parsed)
     files = package(layers, report, archs, f"{chosen_for.board} ({chosen_for.arch})", title)
+    exported_before = (Path(output) / "layers.h").is_file()
     write_package(files, Path(output))
-    _remove_others(Path(output), files)
+    if exported_before:  # sources of somebody else in a folder of that name stay
+        _remove_others(Path(output), files)
     return report
 
 

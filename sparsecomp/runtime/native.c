@@ -31,32 +31,6 @@ static void *reserve(sparsecomp_memory *memory, size_t bytes) {
   return memory->start;
 }
 
-/* Returns 0, or 1 when memory for scratch is missing (then nothing useful is in y). */
-int32_t sparsecomp_launch(sparsecomp_kernel kernel, const float *x, const float *bias, const float *residual, float *y,
-                          const void *const *weights, const int32_t *dims, int32_t items, int32_t threads,
-                          int64_t bytes) {
-  int32_t failed = 0;
-  if (threads > items) threads = items;
-  if (threads <= 1) {
-    float *own = reserve(&scratch, (size_t)bytes);
-    if (!own) return 1;
-    kernel(x, bias, residual, y, own, weights[0], weights[1], weights[2], weights[3], dims, 0, items);
-    return 0;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-    float *own = reserve(&scratch, (size_t)bytes);
-    if (own)
-      kernel(x, bias, residual, y, own, weights[0], weights[1], weights[2], weights[3], dims,
-             (int32_t)(items * me / team), (int32_t)(items * (me + 1) / team));
-    else
-#pragma omp atomic write
-      failed = 1;
-  }
-  return failed;
-}
-
 /* What of a launch is the same from call to call, in one place: handing over an address takes the host less time than ten
  * arguments. */
 typedef struct {
@@ -67,10 +41,31 @@ typedef struct {
   int32_t items, threads;
 } sparsecomp_prepared;
 
+/* Returns 0, or 1 when memory for scratch is missing (then nothing useful is in y). */
 int32_t sparsecomp_call(const sparsecomp_prepared *launch, const float *x, const float *bias, const float *residual,
                         float *y) {
-  return sparsecomp_launch(launch->kernel, x, bias, residual, y, launch->weights, launch->dims, launch->items,
-                           launch->threads, launch->bytes);
+  const void *const *weights = launch->weights;
+  size_t bytes = (size_t)launch->bytes;
+  int32_t failed = 0, items = launch->items, threads = launch->threads;
+  if (threads > items) threads = items;
+  if (threads <= 1) {
+    float *own = reserve(&scratch, bytes);
+    if (!own) return 1;
+    launch->kernel(x, bias, residual, y, own, weights[0], weights[1], weights[2], weights[3], launch->dims, 0, items);
+    return 0;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+    float *own = reserve(&scratch, bytes);
+    if (own)
+      launch->kernel(x, bias, residual, y, own, weights[0], weights[1], weights[2], weights[3], launch->dims,
+                     (int32_t)(items * me / team), (int32_t)(items * (me + 1) / team));
+    else
+#pragma omp atomic write
+      failed = 1;
+  }
+  return failed;
 }
 
 /* One kernel call of a sequence. An operand is a fixed address, or lies at an offset from a base that the call gives:

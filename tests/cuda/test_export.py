@@ -310,6 +310,13 @@ def test_an_export_replaces_the_kernels_of_the_one_before(tmp_path: Path) -> Non
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_sources_of_somebody_else_stay(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "mine.cu").write_text("mine")
+    write(tmp_path, "rows_f16")
+    assert (tmp_path / "kernels" / "mine.cu").read_text() == "mine"
+
+
 class Mixed(nn.Module):
     """What gets kernels, and what does not."""
 

@@ -8,9 +8,14 @@
       const void *w2, const void *w3, const int32_t *dims, int32_t begin, int32_t end
 typedef void (*kernel)(PARAMETERS);
 extern void KERNEL(PARAMETERS);
-extern int32_t sparsecomp_launch(kernel kernel, const float *x, const float *bias, const float *residual, float *y,
-                                 const void *const *weights, const int32_t *dims, int32_t items, int32_t threads,
-                                 int64_t bytes);
+typedef struct {
+  kernel kernel;
+  const void *const *weights;
+  const int32_t *dims;
+  int64_t bytes;
+  int32_t items, threads;
+} prepared;
+extern int32_t sparsecomp_call(const prepared *launch, const float *x, const float *bias, const float *residual, float *y);
 
 /* The content of a file on a cache line; null for a file that is not there. */
 static void *load(const char *name) {
@@ -36,9 +41,8 @@ int main(int argc, char **argv) {
   bytes = 4 * (size_t)atoll(argv[1]);
   y = aligned_alloc(64, (bytes + 127) / 64 * 64);
   if (!y) return 4;
-  if (sparsecomp_launch(KERNEL, load("x"), load("bias"), load("residual"), y, weights, load("dims"), atoi(argv[2]),
-                        atoi(argv[3]), atoll(argv[4])))
-    return 5;
+  const prepared launch = {KERNEL, weights, load("dims"), atoll(argv[4]), atoi(argv[2]), atoi(argv[3])};
+  if (sparsecomp_call(&launch, load("x"), load("bias"), load("residual"), y)) return 5;
   file = fopen("y", "wb");
   return !file || fwrite(y, 1, bytes, file) != bytes || fclose(file) ? 6 : 0;
 }
