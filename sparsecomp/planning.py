@@ -300,9 +300,9 @@ class _Job:
         if forms and not skippers:
             tokens = max(entry.tokens for site in entries.values() for entry in site)
             raise ValueError(
-                f"skips are for linears at up to {target.skip_tokens} tokens, on a target with kernels for them; "
-                f"{target.name} has them of {' and '.join(target.skips) or 'no form'}, and the call that the latency "
-                f"is of has {tokens} tokens: give inputs=... of one token"
+                f"skips are for linears at up to {target.skip_tokens} tokens, in forms that the target has kernels for: "
+                f"{target.name} has kernels of {' and '.join(target.skips) or 'no form'}; the call that the latency is "
+                f"of has {tokens} tokens (inputs=... says which call that is)"
             )
         ffns = _blocks_of(self._model, entries) if skippers else []
         task = self._bar.add_task("estimating losses", total=len(priced.sites) + len(skippers) + len(ffns))
