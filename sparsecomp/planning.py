@@ -300,7 +300,7 @@ class _Job:
         if forms and not skippers:
             tokens = max(entry.tokens for site in entries.values() for entry in site)
             raise ValueError(
-                f"skips are for linears at up to {target.skip_tokens} tokens, in forms that the target has kernels for: "
+                f"skips are for linears at up to {target.skip_tokens} tokens, in forms that a target has kernels for: "
                 f"{target.name} has kernels of {' and '.join(target.skips) or 'no form'}; the call that the latency is "
                 f"of has {tokens} tokens (inputs=... says which call that is)"
             )
