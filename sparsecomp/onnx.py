@@ -165,12 +165,13 @@ def optimize(
     loaded.metadata_props[PLAN_KEY] = report.plan.to_json()
     path = Path(output)
     if variants:
-        calls: dict[Window | None, set[tuple[Maps, tuple[int, int], int]]] = {}
+        calls: dict[Window | None, set[tuple[Maps, tuple[int, int], int, int]]] = {}
         for item in chosen:
             if isinstance(item.site, ConvSite):
                 vectors = dict(item.choice.chosen.params)["vectors"]
                 shape = (item.site.out_features, item.site.in_features)
-                calls.setdefault(item.site.window, set()).add((item.site.maps, shape, vectors))
+                nonzeros = round(item.choice.density * shape[0] * shape[1])
+                calls.setdefault(item.site.window, set()).add((item.site.maps, shape, nonzeros, vectors))
         operations = [_operation(variant, level, calls.get(variant.window, set())) for variant in variants]
         build_library(operations, ort.ort_target(level), library_of(path))
     _save(loaded, path)
@@ -436,7 +437,9 @@ def _replacement(item: Planned, level: Level) -> Replacement:
     )
 
 
-def _operation(variant: Variant, level: Level, calls: Collection[tuple[Maps, tuple[int, int], int]]) -> OrtOperation:
+def _operation(
+    variant: Variant, level: Level, calls: Collection[tuple[Maps, tuple[int, int], int, int]]
+) -> OrtOperation:
     from sparsecomp.kernels.epilogue import Epilogue
     from sparsecomp.targets.x86 import ort
 

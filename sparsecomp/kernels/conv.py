@@ -52,6 +52,7 @@ DIMS = (
     "splits",
     "parts",
     "image_tiles",
+    "skip",
 )
 TABLE_FIELDS = 4
 _SPARE = 16  # floats behind a row that a whole vector may write to
@@ -122,7 +123,7 @@ def weight_sizes(packed: QuadWeight, window: Window) -> dict[str, int]:
 
 
 def dims(
-    schedule: ConvSchedule, sizes: Mapping[str, int], geometry: Geometry, images: int, cut: tuple[int, int, int]
+    schedule: ConvSchedule, sizes: Mapping[str, int], geometry: Geometry, images: int, cut: tuple[int, int, int, int]
 ) -> list[int]:
     """The sizes of a call in the order of `DIMS`.
 
@@ -131,12 +132,13 @@ def dims(
         sizes: from `weight_sizes`.
         geometry: of the maps.
         images: in the batch.
-        cut: groups of the convolution, splits of the rows of each, and tiles of an image if they are whole.
+        cut: groups of the convolution and splits of the rows of each; if tiles are whole, those of an image, and the
+            positions of it before the first of them.
 
     Raises:
         ValueError: the maps hold more values than the kernel can address.
     """
-    groups, splits, image_tiles = cut
+    groups, splits, image_tiles, skip = cut
     group_planes = sizes["columns"] // sizes["taps"] * len(geometry.phases)
     planes, plane = group_planes * groups, geometry.rows * geometry.pitch
     area, dense = geometry.height * geometry.width, geometry.pitch == geometry.width
@@ -156,6 +158,7 @@ def dims(
         "splits": splits,
         "parts": splits * groups,
         "image_tiles": image_tiles,
+        "skip": skip,
     }
     check_addressable(max(of_call["total"], images * sizes["outputs"] * area))
     return [({**sizes, **of_call})[name] for name in DIMS]
@@ -207,7 +210,8 @@ def build(schedule: ConvSchedule, epilogue: Epilogue) -> tir.Expr:
             if schedule.whole:
                 image = tir.bind(tir.floor_div(index, d["image_tiles"]))
                 # The last tile of an image ends with it and computes some positions again.
-                first = tir.bind(tir.minimum(tir.floor_mod(index, d["image_tiles"]) * tile, d["length"] - tile))
+                number = tir.floor_mod(index, d["image_tiles"])
+                first = tir.bind(tir.minimum(d["skip"] + number * tile, d["length"] - tile))
             else:
                 first = tir.bind(index * tile)
                 image = tir.bind(tir.floor_div(first, d["length"]))

@@ -165,16 +165,17 @@ def _conv(cpu: ArmCpu, candidate: Candidate, problem: Problem) -> Cost:
     if window is None or maps is None:
         raise ValueError("a convolution is priced for a window and maps, and the problem has none")
     shape = (facts.out_features, facts.in_features)
-    geometry = Geometry.of(window, maps)
-    rows = (shape[0] // window.groups, window.groups)
-    block = conv_schedules.packing(level, shape, window.groups, ROW_VECTORS, cpu.caches.l1)["block"]
-    packed_for = (ROW_VECTORS, block)
-    call = conv_schedules.call(level, geometry, maps.images, rows, packed_for, problem.threads, cpu.caches)
-    blocks = math.ceil(shape[1] / block)
-    passes = call.tiles * call.share(problem.threads)
     if candidate.pattern == DENSE.pattern:
         entries = shape[0] * shape[1]
         facts = WeightFacts(*shape, entries, {**facts.panels, 2: entries // 2}, ())
+    geometry = Geometry.of(window, maps)
+    rows = (shape[0] // window.groups, window.groups)
+    uses = conv_schedules.uses(shape, window.groups, facts.nonzeros)
+    block = conv_schedules.packing(level, shape, window.groups, ROW_VECTORS, cpu.caches.l1, facts.nonzeros)["block"]
+    packed_for = (ROW_VECTORS, block, uses)
+    call = conv_schedules.call(level, geometry, maps.images, rows, packed_for, problem.threads, cpu.caches)
+    blocks = math.ceil(shape[1] / block)
+    passes = call.tiles * call.share(problem.threads)
     quads = math.ceil(rows[0] / 4) * window.groups * blocks
     units = 2 if half else 1  # vectors of float32 that one of float16 is made of, and becomes
     packed = 0 if call.direct and not half else call.splits * window.groups * shape[1] * call.vectors * units

@@ -200,6 +200,7 @@ class ConvWeight:
         window: of the convolution.
         channels: I / groups.
         sizes: see `conv.weight_sizes`.
+        uses: see `conv_schedules.uses`.
         arrays: as the kernel takes them.
         half: whether the kernel is `conv_half`.
     """
@@ -209,6 +210,7 @@ class ConvWeight:
     window: Window
     channels: int
     sizes: dict[str, int]
+    uses: float
     arrays: Arrays
     half: bool = False
 
@@ -222,11 +224,13 @@ class ConvWeight:
         level = row_level(level, HALF) if half else level
         matrix = weight.detach().float().flatten(1)
         shape = int(matrix.shape[0]), int(matrix.shape[1])
-        packing = conv_schedules.packing(level, shape, window.groups, ROW_VECTORS, caches.l1)
+        nonzeros = int(matrix.count_nonzero())
+        packing = conv_schedules.packing(level, shape, window.groups, ROW_VECTORS, caches.l1, nonzeros)
         packed, channels = QuadWeight.pack(matrix, **packing), int(weight.shape[1])
         values, *others = conv.weights(packed, table(window, channels))
         arrays = (_narrowed(values) if half else values, *others)
-        return cls(level, caches, window, channels, conv.weight_sizes(packed, window), arrays, half)
+        uses = conv_schedules.uses(shape, window.groups, nonzeros)
+        return cls(level, caches, window, channels, conv.weight_sizes(packed, window), uses, arrays, half)
 
     def call(self, maps: Maps, threads: int, epilogue: Epilogue) -> SiteCall:
         """Cut a call.
@@ -237,7 +241,7 @@ class ConvWeight:
         window, level, sizes = self.window, self.level, self.sizes
         geometry = Geometry.of(window, maps)
         rows_groups = (sizes["group_rows"], window.groups)
-        packed_for = (ROW_VECTORS, sizes["block"])
+        packed_for = (ROW_VECTORS, sizes["block"], self.uses)
         cut = conv_schedules.call(level, geometry, maps.images, rows_groups, packed_for, threads, self.caches)
         if self.half:
             schedule: conv.ConvSchedule = conv.HalfConvSchedule(
@@ -245,7 +249,7 @@ class ConvWeight:
             )
         else:
             schedule = conv.ConvSchedule(LANES, cut.vectors, _SPREAD, geometry.masked, cut.whole, cut.direct)
-        dims = conv.dims(schedule, sizes, geometry, maps.images, (window.groups, cut.splits, cut.image_tiles))
+        dims = conv.dims(schedule, sizes, geometry, maps.images, (window.groups, cut.splits, cut.image_tiles, 0))
         scratch = conv.scratch_floats(schedule, sizes, cut.splits)
         name = f"{CONV_HALF if self.half else 'conv'}_{schedule.label}"
         source = source_of(level, name, schedule, epilogue, lambda: conv.build(schedule, epilogue))

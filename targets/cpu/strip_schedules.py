@@ -58,14 +58,17 @@ class StripPacking:
     chunk: int
 
 
-def packing(level: Level, shape: tuple[int, int], window: Window, vectors: int, l1: int) -> StripPacking | None:
+def packing(
+    level: Level, shape: tuple[int, int], window: Window, vectors: int, l1: int, nonzeros: int
+) -> StripPacking | None:
     """Even blocks of channels that fit the L1 cache, for tiles of so many rows; None where there is no kernel."""
-    most = conv_strips.channels(window, level.lanes, vectors, int(conv_schedules.L1_SHARE * l1) // 4)
+    floats = int(conv_schedules.l1_share(shape, nonzeros) * l1) // 4
+    most = conv_strips.channels(window, level.lanes, vectors, floats)
     if not most:
         return None
     channels = shape[1] // window.taps
     block = math.ceil(channels / math.ceil(channels / most))
-    chunk = conv_schedules.packing(level, shape, window.groups, vectors, l1)["chunk"]
+    chunk = conv_schedules.packing(level, shape, window.groups, vectors, l1, nonzeros)["chunk"]
     return StripPacking(block, most * window.kernel[1], chunk)
 
 

@@ -40,26 +40,32 @@ def _sparse(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
     shape = (facts.out_features, facts.in_features)
     geometry = Geometry.of(window, maps)
     rows = (shape[0] // window.groups, window.groups)
-    packing = schedules.packing(level, shape, window.groups, widest, machine.caches.l1)
-    packed_for = (widest, packing["block"])
-    call = schedules.call(level, geometry, maps.images, rows, packed_for, problem.threads, machine.caches)
+    packing = schedules.packing(level, shape, window.groups, widest, machine.caches.l1, facts.nonzeros)
+    packed_for = (widest, packing["block"], schedules.uses(shape, window.groups, facts.nonzeros))
+    call = schedules.call(level, geometry, maps.images, rows, packed_for, problem.threads, machine.caches, tails=True)
     blocks = math.ceil(shape[1] / packing["block"])
-    # Passes over the whole weight that the busiest thread makes.
-    passes = call.tiles * call.share(problem.threads)
-    packed = passes * call.splits * window.groups * shape[1]
     quads = math.ceil(rows[0] / 4) * window.groups * blocks
     planes = maps.images * shape[1] // window.taps * window.groups * len(geometry.phases)
-    return {
-        **_inner_loop(facts, call.vectors, passes, quads, blocks),
-        "pack_row": 0.0 if call.direct else packed,
-        "pack": 0.0 if call.direct else packed * call.vectors,
-        "direct": packed * call.vectors if call.direct else 0.0,
-        "masked": packed * call.vectors if geometry.masked else 0.0,
-        "runs": 0.0 if call.whole else passes * shape[0] * call.vectors,
+    total: Quantities = {
         "open": planes * geometry.rows * geometry.pitch / problem.threads if geometry.opened else 0.0,
-        **traffic(machine, 5 * facts.nonzeros + 32 * quads, passes, problem.threads),
-        "call": 1.0,
+        "call": float(len(call.parts)),
     }
+    for part in call.parts:
+        # Passes over the whole weight that the busiest thread makes.
+        passes = part.tiles * part.share(problem.threads)
+        packed = passes * part.splits * window.groups * shape[1]
+        counted = {
+            **_inner_loop(facts, part.vectors, passes, quads, blocks),
+            "pack_row": 0.0 if part.direct else packed,
+            "pack": 0.0 if part.direct else packed * part.vectors,
+            "direct": packed * part.vectors if part.direct else 0.0,
+            "masked": packed * part.vectors if geometry.masked else 0.0,
+            "runs": 0.0 if part.whole else passes * shape[0] * part.vectors,
+            **traffic(machine, 5 * facts.nonzeros + 32 * quads, passes, problem.threads),
+        }
+        for name, amount in counted.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
 
 
 def _inner_loop(facts: WeightFacts, vectors: int, passes: float, quads: int, blocks: int) -> Quantities:
@@ -82,7 +88,7 @@ def _strips(machine: Machine, candidate: Candidate, problem: Problem) -> Quantit
         raise ValueError("a convolution is priced for a window and maps, and the problem has none")
     widest = dict(candidate.params)["vectors"]
     shape = (facts.out_features, facts.in_features)
-    packing = strip_schedules.packing(level, shape, window, widest, machine.caches.l1)
+    packing = strip_schedules.packing(level, shape, window, widest, machine.caches.l1, facts.nonzeros)
     if packing is None:
         raise ValueError(f"there is no kernel in strips for a window {window}")
     rows = shape[0] // window.groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,20 @@ _MAX_CALLS = 256
 
 
 class _Call:
-    """A call made ready: a launch of the kernel and, where the maps have to be opened first, one that does that."""
+    """A call made ready: launches of the kernel and, where the maps have to be opened first, one that does that."""
 
     def __init__(
-        self, launch: Launch, no_terms: Tensor, opening: Launch | None = None, opened: tuple[int, ...] = ()
+        self, launches: Sequence[Launch], no_terms: Tensor, opening: Launch | None = None, opened: tuple[int, ...] = ()
     ) -> None:
         """Make it.
 
         Args:
-            launch: of the kernel.
+            launches: of the kernel, each of a part of the output.
             no_terms: what stands for terms where there are none.
             opening: of the kernel that opens the maps.
             opened: shape of the opened maps.
         """
-        self._launch, self._no_terms, self._opening, self._opened = launch, no_terms, opening, opened
+        self._launches, self._no_terms, self._opening, self._opened = launches, no_terms, opening, opened
 
     def __call__(self, x: Tensor, terms: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
         """See `ConvKernel.run`."""
@@ -48,7 +49,8 @@ class _Call:
             opened = torch.empty(self._opened)
             self._opening.run(x, self._no_terms, None, opened)
             x = opened
-        self._launch.run(x, self._no_terms if terms is None else terms, residual, out)
+        for launch in self._launches:
+            launch.run(x, self._no_terms if terms is None else terms, residual, out)
 
 
 class _X86Kernel(ConvKernel):
@@ -106,29 +108,36 @@ class X86ConvKernel(_X86Kernel):
         self._vectors, self._channels = vectors, weight.shape[1]
         matrix = weight.detach().flatten(1)
         shape = (matrix.shape[0], matrix.shape[1])
-        packing = schedules.packing(level, shape, window.groups, vectors, caches().l1)
+        nonzeros = int(matrix.count_nonzero())
+        packing = schedules.packing(level, shape, window.groups, vectors, caches().l1, nonzeros)
         packed = QuadWeight.pack(matrix, **packing)
         super().__init__(level, window, Weights(conv.weights(packed, table(window, self._channels))), shape[0])
         self._sizes = conv.weight_sizes(packed, window)
+        self._uses = schedules.uses(shape, window.groups, nonzeros)
 
     def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
         window, threads = self._window, torch.get_num_threads()
         geometry = Geometry.of(window, maps)
         rows = (self._sizes["group_rows"], window.groups)
-        packed = (self._vectors, self._sizes["block"])
-        cut = schedules.call(self._level, geometry, maps.images, rows, packed, threads, caches())
-        spread = weight_spread(self._level)
-        schedule = conv.ConvSchedule(self._level.lanes, cut.vectors, spread, geometry.masked, cut.whole, cut.direct)
+        packed = (self._vectors, self._sizes["block"], self._uses)
+        cut = schedules.call(self._level, geometry, maps.images, rows, packed, threads, caches(), tails=True)
         after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
-        function = self._function("conv", f"{schedule!r} {after!r}", lambda: conv.build(schedule, after))
-        cuts = (window.groups, cut.splits, cut.image_tiles)
-        dims = conv.dims(schedule, self._sizes, geometry, maps.images, cuts)
-        scratch = conv.scratch_floats(schedule, self._sizes, cut.splits)
-        launch = Launch(function, self._weights, dims, cut.items, threads, scratch)
+        launches = [self._launch(part, geometry, maps.images, after, threads) for part in cut.parts]
         channels = self._channels * window.groups
         opened = (maps.images, channels * len(geometry.phases), geometry.rows, geometry.pitch)
         opening = self._opening(maps, geometry, channels, threads) if geometry.opened else None
-        return _Call(launch, self._no_terms, opening, opened)
+        return _Call(launches, self._no_terms, opening, opened)
+
+    def _launch(
+        self, cut: schedules.ConvCall, geometry: Geometry, images: int, after: Epilogue, threads: int
+    ) -> Launch:
+        form = (cut.vectors, weight_spread(self._level), geometry.masked, cut.whole, cut.direct)
+        schedule = conv.ConvSchedule(self._level.lanes, *form)
+        function = self._function("conv", f"{schedule!r} {after!r}", lambda: conv.build(schedule, after))
+        cuts = (self._window.groups, cut.splits, cut.image_tiles, cut.skip)
+        dims = conv.dims(schedule, self._sizes, geometry, images, cuts)
+        scratch = conv.scratch_floats(schedule, self._sizes, cut.splits)
+        return Launch(function, self._weights, dims, cut.items, threads, scratch)
 
     def _opening(self, maps: Maps, geometry: Geometry, channels: int, threads: int) -> Launch:
         stride = self._window.stride[1]
@@ -145,7 +154,8 @@ class X86StripsKernel(_X86Kernel):
     def __init__(self, level: Level, weight: Tensor, window: Window, vectors: int) -> None:
         weight = weight.detach().reshape(*weight.shape[:2], *window.kernel)
         shape = (weight.shape[0], weight.shape[1] * window.taps)
-        found = strip_schedules.packing(level, shape, window, vectors, caches().l1)
+        nonzeros = int(weight.count_nonzero())
+        found = strip_schedules.packing(level, shape, window, vectors, caches().l1, nonzeros)
         if found is None:
             raise ValueError(f"there is no kernel in strips for a window {window}")
         matrix = conv_strips.arrange(weight, window, found.block, found.pitch)
@@ -165,7 +175,7 @@ class X86StripsKernel(_X86Kernel):
         function = self._function("conv_strips", f"{schedule!r} {after!r}", lambda: conv_strips.build(schedule, after))
         dims = conv_strips.dims(schedule, self._sizes, window, maps, cut.splits)
         scratch = conv_strips.scratch_floats(schedule, self._sizes, cut.splits)
-        return _Call(Launch(function, self._weights, dims, cut.items, threads, scratch), self._no_terms)
+        return _Call([Launch(function, self._weights, dims, cut.items, threads, scratch)], self._no_terms)
 
 
 class X86DepthwiseKernel(_X86Kernel):
@@ -186,4 +196,4 @@ class X86DepthwiseKernel(_X86Kernel):
         dims = depthwise_strips.dims(window, maps, self._outputs)
         scratch = depthwise_strips.scratch_floats(schedule)
         launch = Launch(function, self._weights, dims, maps.images * self._outputs, threads, scratch)
-        return _Call(launch, self._no_terms)
+        return _Call([launch], self._no_terms)

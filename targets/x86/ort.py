@@ -73,7 +73,9 @@ def pack_conv(level: Level, candidate: Candidate, weight: Tensor, window: Window
     vectors = dict(candidate.params)["vectors"]
     matrix = weight.detach().flatten(1)
     shape = (int(matrix.shape[0]), int(matrix.shape[1]))
-    packed = QuadWeight.pack(matrix, **conv_schedules.packing(level, shape, window.groups, vectors, caches().l1))
+    nonzeros = int(matrix.count_nonzero())
+    packing = conv_schedules.packing(level, shape, window.groups, vectors, caches().l1, nonzeros)
+    packed = QuadWeight.pack(matrix, **packing)
     sizes = {"outputs": shape[0], "inputs": shape[1], "chunk": packed.chunk, "block": packed.block, "vectors": vectors}
     return PackedWeight((PackedForm("conv", 1, sizes, _arrays(packed)),))
 
@@ -106,7 +108,7 @@ def kernels(level: Level, family: str, v: int, epilogue: Epilogue) -> tuple[OrtK
 
 
 def conv_kernels(
-    level: Level, window: Window, epilogue: Epilogue, calls: Collection[tuple[Maps, tuple[int, int], int]]
+    level: Level, window: Window, epilogue: Epilogue, calls: Collection[tuple[Maps, tuple[int, int], int, int]]
 ) -> tuple[tuple[OrtKernel, ...], KernelSource | None]:
     """The kernels of an operation of convolutions, and the one that takes its maps apart, if it needs that.
 
@@ -116,19 +118,20 @@ def conv_kernels(
         level: of the schedules.
         window: of the convolution.
         epilogue: what follows.
-        calls: for every site its maps, the shape of its weight as a matrix, and the most vectors that it was packed
-            for.
+        calls: for every site its maps, the shape and the entries of its weight as a matrix, and the most vectors that
+            it was packed for.
     """
     wanted = {(vectors, False, False) for vectors in conv_schedules.widest(level)}
     masked = False
-    for maps, shape, vectors in calls:
+    for maps, shape, nonzeros, vectors in calls:
         geometry = Geometry.of(window, maps)
         masked = masked or geometry.masked
         rows = (shape[0] // window.groups, window.groups)
-        packed = (vectors, conv_schedules.packing(level, shape, window.groups, vectors, caches().l1)["block"])
+        packing = conv_schedules.packing(level, shape, window.groups, vectors, caches().l1, nonzeros)
+        packed = (vectors, packing["block"], conv_schedules.uses(shape, window.groups, nonzeros))
         for threads in _THREADS:
-            cut = conv_schedules.call(level, geometry, maps.images, rows, packed, threads, caches())
-            wanted.add((cut.vectors, cut.whole, cut.direct))
+            cut = conv_schedules.call(level, geometry, maps.images, rows, packed, threads, caches(), tails=True)
+            wanted |= {(part.vectors, part.whole, part.direct) for part in cut.parts}
     spread = schedules.spread(level)
     found = []
     for number, whole, direct in sorted(wanted):
@@ -157,7 +160,9 @@ def ort_target(level: Level) -> OrtTarget:
     needs = [need for need in facts()["levels"][level.name]["needs"] if need not in _UNTESTED]
     constants = {
         "conv_step_cost": conv_schedules.STEP_COST,
+        "uses_to_pack": conv_schedules.USES_TO_PACK,
         "conv_runs_cost": conv_schedules.RUNS_COST,
+        "conv_tail_cost": conv_schedules.TAIL_COST,
         "sums_bytes": int(schedules.L2_SHARE * caches().l2),
         "l1_line": conv_schedules.LINE,
         "l1_sets": conv_schedules.SETS,

@@ -158,7 +158,7 @@ class X86Target(Target):
         found = [Candidate("conv", label, (("vectors", vectors),)) for vectors in widest]
         if window.taps > 1 or window.stride != (1, 1):
             shape, l1 = (facts.out_features, facts.in_features), self._machine.caches.l1
-            packed = {v: strip_schedules.packing(self._level, shape, window, v, l1) for v in widest}
+            packed = {v: strip_schedules.packing(self._level, shape, window, v, l1, facts.nonzeros) for v in widest}
             found += [Candidate("conv_strips", label, (("vectors", v),)) for v in widest if packed[v] is not None]
         return [DENSE, *found]
 

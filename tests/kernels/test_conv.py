@@ -17,7 +17,7 @@ from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.epilogue import Epilogue
 from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.targets.base import ConvEpilogue
-from sparsecomp.targets.cpu.conv_schedules import call, packing
+from sparsecomp.targets.cpu.conv_schedules import call, packing, uses
 from sparsecomp.targets.x86.conv_kernels import X86ConvKernel
 from sparsecomp.targets.x86.cpu import best_level, caches, level
 from sparsecomp.window import Maps, Window, convolve, form_of, read_form
@@ -143,6 +143,25 @@ def test_windows_of_one_position_use_maps_of_whole_vectors_where_they_lie(groups
     weight = random_weight(12 * groups, 70, window)
     x = torch.randn(2, 70 * groups, 16 * stride, 12 * stride, generator=torch.Generator().manual_seed(0))
     geometry = Geometry.of(window, Maps(2, 16 * stride, 12 * stride))
-    block = packing(machine, (12 * groups, 70), groups, 2, caches().l1)["block"]
-    assert call(machine, geometry, 2, (12, groups), (2, block), 1, caches()).direct
+    nonzeros = int(weight.count_nonzero())
+    block = packing(machine, (12 * groups, 70), groups, 2, caches().l1, nonzeros)["block"]
+    packed = (2, block, uses((12 * groups, 70), groups, nonzeros))
+    assert call(machine, geometry, 2, (12, groups), packed, 1, caches()).direct
     check(X86ConvKernel(machine, weight, window, 2), x, weight, window, residual=True)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_what_whole_tiles_leave_of_a_map_goes_to_a_narrower_one(images: int, kernel: int) -> None:
+    machine = level(best_level())
+    window = Window((kernel, kernel), padding=(kernel // 2, kernel // 2))
+    weight = random_weight(12, 10, window)
+    size = (6 * machine.lanes + 1, 2)
+    shape, nonzeros = (12, 10 * kernel * kernel), int(weight.count_nonzero())
+    block = packing(machine, shape, 1, 4, caches().l1, nonzeros)["block"]
+    packed = (4, block, uses(shape, 1, nonzeros))
+    cut = call(machine, Geometry.of(window, Maps(images, *size)), images, (12, 1), packed, 1, caches(), tails=True)
+    assert cut.tail is not None
+    assert (cut.vectors, cut.tail.vectors) == (4, 1)
+    x = torch.randn(images, 10, *size, generator=torch.Generator().manual_seed(0))
+    check(X86ConvKernel(machine, weight, window, 4), x, weight, window, residual=True)

@@ -144,10 +144,12 @@ def test_gather_steps_read_whole_words(name: str) -> None:
 class TestMapsInPlace:
     """When a convolution uses its input where it lies, on a level of 16 lanes with an L1 cache of 48 KB."""
 
-    def used(self, size: int, vectors: int = 7, block: int = 86, kernel: int = 1, padding: int = 0) -> bool:
+    def used(
+        self, size: int, vectors: int = 7, block: int = 86, kernel: int = 1, padding: int = 0, uses: float = 1
+    ) -> bool:
         window = Window((kernel, kernel), padding=(padding, padding))
         geometry = Geometry.of(window, Maps(1, size, size))
-        return conv_schedules.reads_in_place(cpu.level("avx512"), geometry, vectors, block, 49152)
+        return conv_schedules.reads_in_place(cpu.level("avx512"), geometry, vectors, (block, uses), 49152)
 
     def test_planes_that_begin_anywhere_are_used(self) -> None:
         assert self.used(28)
@@ -159,6 +161,10 @@ class TestMapsInPlace:
     def test_not_where_a_block_falls_into_few_sets_of_the_cache(self) -> None:
         assert not self.used(32)
         assert self.used(32, block=12)
+
+    def test_not_where_each_value_is_used_often(self) -> None:
+        assert self.used(28, vectors=4, uses=20)
+        assert not self.used(28, vectors=2, uses=20)
 
     def test_not_with_other_windows(self) -> None:
         assert not self.used(28, kernel=3, padding=1)

@@ -105,49 +105,95 @@ static int64_t splits_for(int64_t tiles, int64_t chunks, int64_t threads, int64_
 }
 
 /* Whether whole tiles of so many floats use the maps where they lie: `reads_in_place` of the same rules. */
-static int reads_in_place(const Kernel *k, const Geometry *g, int64_t tile) {
+static int reads_in_place(const Kernel *k, const Geometry *g, int64_t vectors, int64_t tile) {
   const Window *w = &k->entry->window;
   int64_t plane = g->rows * g->pitch, apart = L1_SETS, lines = ceil_div(tile, L1_LINE);
   int64_t padding = w->padding[0] | w->padding[1] | w->extra[0] | w->extra[1];
   if (w->kernel[0] * w->kernel[1] > 1 || padding || g->rows < g->height || plane % k->entry->lanes) return 0;
+  if (k->packed[0].kept >= USES_TO_PACK * vectors * k->inputs * w->groups) return 0;
   if (plane % L1_LINE == 0)
     while (apart > 1 && plane / L1_LINE * (apart / 2) % L1_SETS == 0) apart /= 2;
   return k->block * lines <= L1_WAYS * least(L1_SETS, apart * lines);
 }
 
-/* The variant with the least work for the busiest thread: the rules of targets/x86/conv_schedules.py. */
-static Cut cut_conv(const Kernel *k, const Geometry *g, int64_t images, int64_t threads) {
+/* A variant on a call, or on a part of it: the tiles of an image that it computes, and the positions before them. */
+typedef struct {
+  const Variant *variant; /* NULL for nothing */
+  int64_t image_tiles, skip, splits, items;
+  double work;
+} Part;
+
+static Part part_of(const Kernel *k, const Geometry *g, const Variant *v, int64_t images, int64_t threads, int64_t skip,
+                    int64_t image_tiles) {
+  int64_t groups = k->entry->window.groups, group_rows = k->outputs / groups, chunks = ceil_div(group_rows, k->chunk);
+  int64_t tile = (int64_t)v->number * k->entry->lanes, length = g->height * g->pitch;
+  int64_t tiles = v->whole ? images * image_tiles : ceil_div(images * length, tile);
+  int64_t fewest = least(chunks, ceil_div(4 * tile * group_rows, SUMS_BYTES));
+  Part part = {v, image_tiles, skip, splits_for(tiles * groups, chunks, threads, most(fewest, 1)), 0, 0};
+  part.items = tiles * groups * part.splits;
+  double share = (double)ceil_div(part.items, threads) / (double)part.items;
+  part.work = share * (double)tiles * (v->number + CONV_STEP_COST) * (v->whole ? 1.0 : CONV_RUNS_COST);
+  return part;
+}
+
+static int may_take(const Kernel *k, const Geometry *g, const Variant *v) {
+  int64_t tile = (int64_t)v->number * k->entry->lanes;
+  if (v->number > k->vectors || (v->whole && (g->pitch != g->width || tile > g->height * g->pitch))) return 0;
+  return !v->direct || reads_in_place(k, g, v->number, tile);
+}
+
+/* What computes the rest of each image after its whole tiles of a variant, if the library has a kernel for it. */
+static Part tail_of(const Kernel *k, const Geometry *g, const Variant *v, int64_t images, int64_t threads) {
+  const Form *form = k->packed[0].form;
+  int64_t tile = (int64_t)v->number * k->entry->lanes, length = g->height * g->pitch, rest = length % tile;
+  Part found = {0};
+  for (int32_t i = form->count - 1; i >= 0 && v->whole && rest; i--) {
+    const Variant *narrow = &form->variants[i];
+    if (narrow->number != ceil_div(rest, k->entry->lanes) || !narrow->whole || !may_take(k, g, narrow)) continue;
+    Part part = part_of(k, g, narrow, images, threads, length - rest, 1);
+    if (!found.variant || part.work < found.work) found = part;
+  }
+  return found;
+}
+
+static Cut cut_of(const Kernel *k, const Geometry *g, int64_t images, const Part *part) {
   const Window *w = &k->entry->window;
   const Packed *p = &k->packed[0];
+  int64_t tile = (int64_t)part->variant->number * k->entry->lanes, taps = (int64_t)w->kernel[0] * w->kernel[1];
   int64_t group_rows = k->outputs / w->groups, chunks = ceil_div(group_rows, k->chunk), length = g->height * g->pitch;
-  const Variant *chosen = NULL;
-  double least_work = 0;
-  int64_t splits = 1, image_tiles = 1, items = 1;
-  for (int32_t i = p->form->count - 1; i >= 0; i--) {
-    const Variant *v = &p->form->variants[i];
-    int64_t tile = (int64_t)v->number * k->entry->lanes;
-    if (v->number > k->vectors || (v->whole && (g->pitch != g->width || tile > length))) continue;
-    if (v->direct && !reads_in_place(k, g, tile)) continue;
-    int64_t here = ceil_div(length, tile), tiles = v->whole ? images * here : ceil_div(images * length, tile);
-    int64_t fewest = least(chunks, ceil_div(4 * tile * group_rows, SUMS_BYTES));
-    int64_t parts = splits_for(tiles * w->groups, chunks, threads, most(fewest, 1)), count = tiles * w->groups * parts;
-    double share = (double)ceil_div(count, threads) / (double)count;
-    double work = share * (double)tiles * (v->number + CONV_STEP_COST) * (v->whole ? 1.0 : CONV_RUNS_COST);
-    if (!chosen || work < least_work) chosen = v, least_work = work, splits = parts, image_tiles = here, items = count;
-  }
-  if (!chosen) return (Cut){0};
-  int64_t tile = (int64_t)chosen->number * k->entry->lanes, taps = (int64_t)w->kernel[0] * w->kernel[1];
   int64_t channels = k->inputs / taps * w->groups, planes = channels * g->phases, plane = g->rows * g->pitch;
   int64_t area = g->height * g->width, dense = g->pitch == g->width, blocks = ceil_div(k->inputs, k->block);
-  int64_t sums = ceil_div(chunks, splits) * (k->chunk + 1) * tile;
+  int64_t sums = ceil_div(chunks, part->splits) * (k->chunk + 1) * tile;
   const int64_t dims[] = {planes, plane, g->rows, g->pitch, length, dense ? area : g->width, dense ? area : g->pitch,
                           dense ? 1 : g->height, images, k->outputs, images * planes * plane, k->inputs, k->block,
-                          k->block * tile, blocks, k->chunk, chunks, group_rows, planes / w->groups, taps, splits,
-                          splits * w->groups, image_tiles};
-  Cut cut = {.function = chosen->function, .weights = p->weights, .items = (int32_t)items,
+                          k->block * tile, blocks, k->chunk, chunks, group_rows, planes / w->groups, taps, part->splits,
+                          part->splits * w->groups, part->image_tiles, part->skip};
+  Cut cut = {.function = part->variant->function, .weights = p->weights, .items = (int32_t)part->items,
              .scratch = 4 * (k->block * tile + SPARE + sums + (2 + taps) * (tile + SPARE))};
   for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) cut.dims[i] = (int32_t)dims[i];
   return cut;
+}
+
+/* The variants with the least work for the busiest thread: the rules of targets/cpu/conv_schedules.py. Returns how many
+ * cuts the call has: none, one, or two with a tail. */
+static int cut_conv(const Kernel *k, const Geometry *g, int64_t images, int64_t threads, Cut cuts[2]) {
+  const Form *form = k->packed[0].form;
+  Part chosen[2] = {{0}};
+  double least_work = 0;
+  for (int32_t i = form->count - 1; i >= 0; i--) {
+    const Variant *v = &form->variants[i];
+    int64_t tile = (int64_t)v->number * k->entry->lanes, length = g->height * g->pitch;
+    if (!may_take(k, g, v)) continue;
+    Part whole = part_of(k, g, v, images, threads, 0, ceil_div(length, tile)), tail = tail_of(k, g, v, images, threads);
+    if (!chosen[0].variant || whole.work < least_work) chosen[0] = whole, chosen[1] = (Part){0}, least_work = whole.work;
+    if (!tail.variant) continue;
+    Part full = part_of(k, g, v, images, threads, 0, length / tile);
+    double work = CONV_TAIL_COST * (full.work + tail.work);
+    if (work < least_work) chosen[0] = full, chosen[1] = tail, least_work = work;
+  }
+  int count = 0;
+  for (; count < 2 && chosen[count].variant; count++) cuts[count] = cut_of(k, g, images, &chosen[count]);
+  return count;
 }
 
 static Status *open_maps(Kernel *k, void *context, const Geometry *g, int64_t images, const int64_t *size, const float *x,
@@ -183,11 +229,13 @@ static Status *run_images(Kernel *k, void *context, const Geometry *g, int64_t i
   }
   if (!status) {
     int32_t threads = threads_for(k, images * g->height * g->width * k->packed[0].kept);
-    Cut cut = cut_conv(k, g, images, threads);
-    if (!cut.function || cut.scratch > 4 * MOST_VALUES)
-      status = fail(k->api, "%s: no kernel of the library takes a weight of these sizes", k->entry->name);
-    else
-      status = launch(k, context, &cut, threads, x, bias, residual, y);
+    Cut cuts[2];
+    int count = cut_conv(k, g, images, threads, cuts);
+    if (!count) status = fail(k->api, "%s: no kernel of the library takes a weight of these sizes", k->entry->name);
+    for (int i = 0; i < count && !status; i++)
+      if (cuts[i].scratch > 4 * MOST_VALUES)
+        status = fail(k->api, "%s: no kernel of the library takes a weight of these sizes", k->entry->name);
+    for (int i = 0; i < count && !status; i++) status = launch(k, context, &cuts[i], threads, x, bias, residual, y);
   }
   if (opened) give_block(opened);
   return status;
