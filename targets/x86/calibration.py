@@ -13,7 +13,7 @@ from typing import Any
 from sparsecomp.log import log
 from sparsecomp.runtime.cache import cache_dir
 from sparsecomp.targets.x86.cost import Coefficients
-from sparsecomp.targets.x86.cpu import cpu_name
+from sparsecomp.targets.x86.cpu import cpu_family, cpu_name
 
 FORMAT = 1
 _MAX_BYTES = 1 << 16
@@ -47,7 +47,7 @@ def load(level: str, host: str = "") -> Calibration:
         level: of the instruction set.
         host: whose prices: "" for PyTorch's and those of our kernels, "ort" for what differs in ONNX Runtime.
     """
-    shipped = _shipped(level, host)
+    shipped = _shipped(level, host, cpu_family())
     path = path_of(level, host)
     if not path.exists():
         return shipped
@@ -79,10 +79,10 @@ def save(level: str, coefficients: Coefficients, when: str, notes: dict[str, Any
     return path
 
 
-def _shipped(level: str, host: str = "") -> Calibration:
+def _shipped(level: str, host: str, family: str) -> Calibration:
     name = f"{host}{host and '_'}prices.json"
     content = json.loads(resources.files(__package__).joinpath(name).read_text())
-    entry = content["levels"][level]
+    entry = content["families"].get(family, {}).get(level) or content["levels"][level]
     return Calibration(
         entry["coefficients"], f"shipped prices ({entry['origin']}); `sparsecomp calibrate` measures", False
     )

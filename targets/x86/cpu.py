@@ -70,6 +70,12 @@ def cpu_name() -> str:
     return f"{name} (family {info.get('cpu family', '?')}, model {info.get('model', '?')})"
 
 
+def cpu_family() -> str:
+    """Vendor and family, such as "AuthenticAMD 25": cores of one family do about the same in a cycle."""
+    info = _cpuinfo()
+    return f"{info.get('vendor_id', '?')} {info.get('cpu family', '?')}"
+
+
 @functools.cache
 def caches() -> Caches:
     """Data cache sizes, from the system where it tells."""

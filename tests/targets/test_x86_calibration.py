@@ -49,7 +49,7 @@ def refused(caplog: pytest.LogCaptureFixture, reason: str) -> None:
     with caplog.at_level(logging.WARNING, logger="sparsecomp"):
         found = calibration.load(LEVEL)
     assert not found.measured_here
-    assert found.coefficients == calibration._shipped(LEVEL).coefficients
+    assert found.coefficients == calibration._shipped(LEVEL, "", cpu.cpu_family()).coefficients
     (record,) = caplog.records
     assert str(calibration.path_of(LEVEL)) in record.getMessage()
     assert reason in record.getMessage()
@@ -182,7 +182,10 @@ def test_a_small_calibration(monkeypatch: pytest.MonkeyPatch, threads: None) -> 
     assert result.peak > 0
     assert result.path == str(calibration.path_of(result.level))
     # Every model has a few points, and the table shows them.
-    assert set(result.points) == set(calibration._shipped(result.level).coefficients) - {"convert", "layout"}
+    assert set(result.points) == set(calibration._shipped(result.level, "", cpu.cpu_family()).coefficients) - {
+        "convert",
+        "layout",
+    }
     assert min(result.points.values()) >= 8
     assert set(result.errors) == set(result.points)
     assert "rows" in str(result)

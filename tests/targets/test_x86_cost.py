@@ -25,7 +25,10 @@ CANDIDATES = [
     *(Candidate("panel", "unstructured", (("v", v),)) for v in (8, 16, 32)),
 ]
 SPARSE = CANDIDATES[1:]
-SHIPPED = {name: calibration._shipped(name).coefficients for name in cpu.LEVELS}
+FAMILIES = ("AuthenticAMD 25", "AuthenticAMD 26")
+SHIPPED = {
+    (name, family): calibration._shipped(name, "", family).coefficients for name in cpu.LEVELS for family in FAMILIES
+}
 
 
 def name_of(candidate: Candidate) -> str:
@@ -89,8 +92,10 @@ def test_what_else_a_call_does_costs_more(candidate: Candidate) -> None:
     assert target.predict(candidate, Problem(facts, 0, 1)) == 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("level", cpu.LEVELS)
-def test_shipped_prices_have_the_names_of_the_quantities(level: str) -> None:
+def test_shipped_prices_have_the_names_of_the_quantities(level: str, family: str) -> None:
+    shipped = SHIPPED[level, family]
     machine = cost.Machine(cpu.level(level), cpu.caches())
     seen = {"convert", "layout", "skip"}
     for candidate in CANDIDATES:
@@ -98,27 +103,27 @@ def test_shipped_prices_have_the_names_of_the_quantities(level: str) -> None:
             continue
         for tokens in (1, 4, 100):
             model, counted = cost.quantities(machine, candidate, Problem(FACTS[33, 47][3], tokens, 1))
-            assert set(SHIPPED[level][model]) == set(counted), model
+            assert set(shipped[model]) == set(counted), model
             seen.add(model)
     window, maps = Window((3, 3), (2, 2), (1, 1)), Maps(1, 9, 9)
     problem = Problem(FACTS[33, 47][3], maps.positions(window), 1, window=window, maps=maps)
     for candidate in (DENSE, *(Candidate(name, "unstructured", (("vectors", 2),)) for name in ("conv", "conv_strips"))):
         model, counted = conv_cost.quantities(machine, candidate, problem)
-        assert set(SHIPPED[level][model]) == set(counted), model
+        assert set(shipped[model]) == set(counted), model
         seen.add(model)
     window = Window((3, 3), (2, 2), (1, 1), groups=33)
     problem = Problem(WeightFacts.of(torch.ones(33, 9)), maps.positions(window), 1, window=window, maps=maps)
     for candidate in (DENSE, DEPTHWISE):
         model, counted = conv_cost.quantities(machine, candidate, problem)
-        assert set(SHIPPED[level][model]) == set(counted), model
+        assert set(shipped[model]) == set(counted), model
         seen.add(model)
     # A calibration has a model for each of these and is refused if it has others than the shipped prices.
-    assert set(SHIPPED[level]) == seen
+    assert set(shipped) == seen
 
 
-@pytest.mark.parametrize("level", cpu.LEVELS)
-def test_shipped_prices_are_times(level: str) -> None:
-    for model, prices in SHIPPED[level].items():
+@pytest.mark.parametrize(("level", "family"), SHIPPED)
+def test_shipped_prices_are_times(level: str, family: str) -> None:
+    for model, prices in SHIPPED[level, family].items():
         assert all(math.isfinite(price) and price >= 0 for price in prices.values()), model
         assert sum(prices.values()) > 0
 
