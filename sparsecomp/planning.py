@@ -302,7 +302,7 @@ class _Job:
             raise ValueError(
                 f"skips are for linears at up to {target.skip_tokens} tokens, in forms that a target has kernels for: "
                 f"{target.name} has kernels of {' and '.join(target.skips) or 'no form'}; the call that the latency is "
-                f"of has {tokens} tokens (inputs=... says which call that is)"
+                f"of has {tokens} tokens (inputs=... of one token make it another)"
             )
         ffns = _blocks_of(self._model, entries) if skippers else []
         task = self._bar.add_task("estimating losses", total=len(priced.sites) + len(skippers) + len(ffns))

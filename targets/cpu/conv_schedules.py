@@ -9,14 +9,13 @@ from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import DepthwiseSchedule, Layout
 from sparsecomp.patterns.quads import MOST_COLUMNS
 from sparsecomp.targets.cpu.level import Caches, Level
-from sparsecomp.targets.cpu.schedules import L2_SHARE
+from sparsecomp.targets.cpu.schedules import L2_SHARE, SPARSE_L1_SHARE
 from sparsecomp.window import Maps, Window
 
 # Share of the L1 cache that a packed block takes; weights and sums stream through the rest. Where few entries are kept
-# sums that return after each block weigh more than what is displaced: with all of it, 1x1 windows with 80 or 90 % zeros
-# are up to 15 % faster on a Zen 4 than with 0.8, and those with 50 % as fast.
+# it is `SPARSE_L1_SHARE`: 1x1 windows with 80 or 90 % zeros are up to 15 % faster so on a Zen 4, and those with 50 %
+# as fast.
 L1_SHARE = 0.8
-SPARSE_L1_SHARE = 1.0
 # Uses of a column by a tile, for each of its vectors, from which packing it pays: on a Zen 4 a map of 28x28 that is
 # read where it lies is 10 % slower with 13 uses, and 7 % faster with 3. Planes lie on pages of their own, whose
 # addresses the processor must look up at every use.
