@@ -101,20 +101,11 @@ def _sample(call: Call, repeats: int) -> float:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    model, flags = platform.processor() or platform.machine(), ""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []  # not Linux: the rest still says something
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = value.strip()
-        elif key.strip() == "flags":
-            flags = value
-    extensions = [flag for flag in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags.split()]
+    from sparsecomp.targets.x86.cpu import cpu_name, flags
+
+    extensions = [flag for flag in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags()]
     return {
-        "processor": model,
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "extensions": extensions,
         "system": f"{platform.system()} {platform.machine()}",

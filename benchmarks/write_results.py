@@ -1,4 +1,4 @@
-"""Write RESULTS.md from the JSON files of the benchmarks that were run last."""
+"""Write RESULTS.md from the JSON files of the benchmarks that were run here; sections of others stay as they are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NAMES += ("arm", "cuda", "cuda_cost", "hls", "hls_rtl", "hls_forms")
 
 HEAD = """# Results
 
-Written by `make bench` (`benchmarks/write_results.py`). What is compared takes turns in one process; numbers are
-medians.
+Written by `make bench` (`benchmarks/write_results.py`), which leaves the sections of benchmarks that it did not run;
+each says on what machine and when. What is compared takes turns in one process; numbers are medians.
 """
 
 
@@ -89,11 +89,19 @@ def main() -> None:
     Raises:
         FileNotFoundError: no benchmark was run.
     """
-    files = [path for name in NAMES if (path := FOLDER / "results" / f"{name}.json").is_file()]
+    files = {name: path for name in NAMES if (path := FOLDER / "results" / f"{name}.json").is_file()}
     if not files:
         raise FileNotFoundError("benchmarks/results holds no results: run `make bench`")
-    sections = [section(json.loads(path.read_text(encoding="utf-8"))) for path in files]
-    (FOLDER / "RESULTS.md").write_text("\n".join([HEAD, *sections]), encoding="utf-8")
+    target = FOLDER / "RESULTS.md"
+    sections = kept(target.read_text(encoding="utf-8")) if target.is_file() else {}
+    sections |= {name: section(json.loads(path.read_text(encoding="utf-8"))) for name, path in files.items()}
+    target.write_text("\n".join([HEAD, *(sections[name] for name in NAMES if name in sections)]), encoding="utf-8")
+
+
+def kept(text: str) -> dict[str, str]:
+    """The sections of an earlier file, by the name of their benchmark."""
+    parts = text.split("\n## ")[1:]
+    return {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
 if __name__ == "__main__":

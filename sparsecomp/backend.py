@@ -26,6 +26,7 @@ from sparsecomp.experts_runtime import ReadyExperts, in_experts, rewrite_experts
 from sparsecomp.frontends.fx import Replacement, apply
 from sparsecomp.frontends.fx_expand import settle
 from sparsecomp.frontends.fx_guards import guard_weight
+from sparsecomp.frontends.fx_pool import use_pools
 from sparsecomp.ir import LinearSite, Site
 from sparsecomp.log import CODE, GRAPHS, PLAN, DebugFolder, log
 from sparsecomp.options import Options
@@ -260,7 +261,9 @@ class _Rewrite:
         if self._debug.wants(GRAPHS):
             self._debug.write(GRAPHS, "fx_before.py", self._gm.print_readable(print_output=False))
         skips = RuntimeSkip | DeviceSkip | RuntimeBlock
-        apply(self._gm, [Replacement(site, runtime.handle, isinstance(runtime, skips)) for site, runtime in sites])
+        replaced = [Replacement(site, runtime.handle, isinstance(runtime, skips)) for site, runtime in sites]
+        apply(self._gm, replaced)
+        use_pools(self._gm, replaced, target)
         self.sites = sites
         if self._debug.wants(GRAPHS):
             self._debug.write(GRAPHS, "fx_after.py", self._gm.print_readable(print_output=False))

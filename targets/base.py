@@ -312,6 +312,13 @@ class Target(ABC):
         """
         raise ValueError(f"target {self.name} has no convolution kernel {candidate.kernel!r}")
 
+    def prepare_pool(self, window: Window) -> ConvKernel | None:
+        """The kernel for max pooling of maps that lie channels first, whose channels are the window's groups.
+
+        It takes no terms and no residual, and positions outside of a map do not count. None if there is no kernel.
+        """
+        return None
+
     def skip_rows(self, matrix: Tensor) -> SkipRows | None:
         """A weight for operations that skip; None if the target has no such kernels.
 

@@ -5,10 +5,13 @@ the window each row of the map that the strip needs is loaded once, and used for
 loads are few beside the multiply-adds. Dense, so that nothing has to be laid out anew between sparse convolutions.
 
 With short vectors the copy that `sparsecomp.kernels.depthwise` makes costs less than it saves.
+
+Max pooling is the same walk over the map with another reduction, and has no weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,6 +48,7 @@ class DepthwiseStrips:
         taps: rows of the window.
         stride: of the window, rows and columns, which are at most 2.
         dilation: of the rows of the window.
+        largest: whether the output is the largest value in the window, a NaN if it has one, and not a sum of products.
     """
 
     lanes: int
@@ -53,6 +57,12 @@ class DepthwiseStrips:
     taps: int
     stride: tuple[int, int]
     dilation: int
+    largest: bool = False
+
+    @property
+    def nothing(self) -> float:
+        """What positions outside of the map count as, and the result begins with."""
+        return -math.inf if self.largest else 0.0
 
     @property
     def loads(self) -> dict[int, list[tuple[int, int]]]:
@@ -117,7 +127,7 @@ def build(schedule: DepthwiseStrips, epilogue: Epilogue) -> tir.Expr:
                 x = tir.bind(tir.maximum(tir.minimum(strip * lanes, d["out_width"] - lanes), 0))
                 total = tir.registers(rows * lanes)
                 for row in range(rows):
-                    tir.store(total, row * lanes, tir.const(0.0, lanes=lanes), lanes)
+                    tir.store(total, row * lanes, tir.const(schedule.nothing, lanes=lanes), lanes)
                 _sum(args, schedule, d, (plane, weight), (y, x), total)
                 at = tir.bind((item * d["out_height"] + y) * d["out_width"] + x)
                 _store(args, schedule, epilogue, d, output, at, total)
@@ -132,7 +142,7 @@ def _sum(
     place: tuple[tir.Expr, tir.Expr],
     total: tir.Expr,
 ) -> None:
-    """Add the products of all taps to the sums of a tile."""
+    """Bring all taps into the sums of a tile, or into its largest values."""
     lanes, step = schedule.lanes, schedule.stride[1]
     plane, weight = begin
     first_y = tir.bind(place[0] * schedule.stride[0] - d["padding_y"])
@@ -144,9 +154,8 @@ def _sum(
 
     def columns(load: Callable[[tir.Expr], tir.Expr]) -> None:
         with tir.loop(d["columns"]) as k:
-            factors = [
-                tir.bind(tir.splat(args["w0"][weight + tap * d["columns"] + k], lanes)) for tap in range(schedule.taps)
-            ]
+            taps = [] if schedule.largest else [weight + tap * d["columns"] + k for tap in range(schedule.taps)]
+            factors = [tir.bind(tir.splat(args["w0"][tap], lanes)) for tap in taps]
             column = tir.bind(first_x + k * d["dilation_x"])
             numbers = tir.bind(
                 tir.splat(column, lanes) + tir.vector_of([tir.const(i * step, "int32") for i in range(lanes)])
@@ -157,10 +166,12 @@ def _sum(
                 y = tir.bind(first_y + row)
                 with tir.when(tir.both(y >= 0, y < d["height"])):
                     vector = load(tir.bind(plane + y * d["width"] + column))
-                    vector = tir.bind(tir.select(kept, vector, tir.const(0.0, lanes=lanes)))
+                    vector = tir.bind(tir.select(kept, vector, tir.const(schedule.nothing, lanes=lanes)))
                     for out, tap in uses:
                         slot = out * lanes
-                        tir.store(total, slot, tir.load(total, slot, lanes) + factors[tap] * vector, lanes)
+                        before = tir.bind(tir.load(total, slot, lanes))
+                        after = _larger(before, vector) if schedule.largest else before + factors[tap] * vector
+                        tir.store(total, slot, after, lanes)
 
     def one_by_one(source: tir.Expr) -> tir.Expr:
         scratch = args["scratch"]
@@ -174,6 +185,11 @@ def _sum(
     # Near both ends of x a vector would read outside of it.
     with tir.when(tir.negate(inside)):
         columns(one_by_one)
+
+
+def _larger(before: tir.Expr, value: tir.Expr) -> tir.Expr:
+    """The larger of two vectors, and a NaN of either: it compares with nothing."""
+    return tir.select(before >= before, tir.select(before >= value, before, value), before)
 
 
 def _store(

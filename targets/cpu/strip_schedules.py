@@ -102,9 +102,10 @@ def call(
     return min(calls, key=lambda found: (work(found), -found.vectors))
 
 
-def depthwise(level: Level, window: Window, maps: Maps) -> DepthwiseStrips:
-    """The schedule of the depthwise kernel for wide vectors: tall tiles, of which few rows are computed twice."""
+def depthwise(level: Level, window: Window, maps: Maps, *, largest: bool = False) -> DepthwiseStrips:
+    """The schedule of the depthwise kernel, or of max pooling: tall tiles, of which few rows are computed twice."""
     height, width = window.output(maps.height, maps.width)
     most = min(height, DEPTHWISE_ROWS[level.lanes])
     rows = min(range(1, most + 1), key=lambda count: math.ceil(height / count) * (count + TILE_COST))
-    return DepthwiseStrips(level.lanes, rows, piece(level, width), window.kernel[0], window.stride, window.dilation[0])
+    form = (window.kernel[0], window.stride, window.dilation[0], largest)
+    return DepthwiseStrips(level.lanes, rows, piece(level, width), *form)

@@ -179,16 +179,16 @@ class X86StripsKernel(_X86Kernel):
 
 
 class X86DepthwiseKernel(_X86Kernel):
-    """Dense depthwise convolutions, channels first."""
+    """Dense depthwise convolutions, channels first; without a weight max pooling of so many channels."""
 
-    def __init__(self, level: Level, weight: Tensor, window: Window) -> None:
-        values = weight.detach().to(torch.float32).flatten(1).contiguous().numpy()
-        super().__init__(level, window, Weights([values]), weight.shape[0])
-        self._outputs = weight.shape[0]
+    def __init__(self, level: Level, weight: Tensor | None, window: Window) -> None:
+        self._outputs, self._largest = window.groups if weight is None else weight.shape[0], weight is None
+        values = torch.zeros(1) if weight is None else weight.detach().to(torch.float32).flatten(1).contiguous()
+        super().__init__(level, window, Weights([values.numpy()]), self._outputs)
 
     def _make(self, maps: Maps, epilogue: ConvEpilogue, residual: bool) -> _Call:
         window, threads = self._window, torch.get_num_threads()
-        schedule = strip_schedules.depthwise(self._level, window, maps)
+        schedule = strip_schedules.depthwise(self._level, window, maps, largest=self._largest)
         after = Epilogue(epilogue.activation, residual, epilogue.residual_first)
         function = self._function(
             "depthwise", f"{schedule!r} {after!r}", lambda: depthwise_strips.build(schedule, after)

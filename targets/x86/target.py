@@ -173,6 +173,10 @@ class X86Target(Target):
         kind = X86ConvKernel if candidate.kernel == "conv" else X86StripsKernel
         return kind(self._level, weight, window, dict(candidate.params)["vectors"])
 
+    def prepare_pool(self, window: Window) -> ConvKernel | None:
+        """See `Target.prepare_pool`."""
+        return X86DepthwiseKernel(self._level, None, window) if depthwise_strips.supports(window) else None
+
     def skip_rows(self, matrix: Tensor) -> X86Rows:
         """See `Target.skip_rows`; packed with a bit mask where that makes it enough smaller."""
         return X86Rows(matrix, masked=self._masks_rows(int(matrix.count_nonzero()), matrix.numel()))
