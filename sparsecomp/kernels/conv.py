@@ -330,6 +330,9 @@ def _pack_row(
 
     def copy_vectors() -> None:
         if isinstance(vectors, int):
+            for line in range(0, schedule.tile, _LINE):
+                # Of the next tile, as for y: of large maps only a few lines of each plane are read in turn.
+                tir.prefetch(x, source + schedule.tile + line)
             for v in range(vectors):
                 at = v * lanes
                 put(at, masked(tir.load(x, source + at, lanes), at, lanes), lanes)

@@ -29,7 +29,7 @@ LINE = 16
 SETS = 64
 # What storing run by run adds, relative to the rest, and what the second launch does.
 RUNS_COST = 1.06
-TAIL_COST = 1.02
+TAIL_COST = 1.01
 
 
 @dataclass(frozen=True)
