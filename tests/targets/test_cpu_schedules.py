@@ -169,3 +169,12 @@ class TestMapsInPlace:
     def test_not_with_other_windows(self) -> None:
         assert not self.used(28, kernel=3, padding=1)
         assert not self.used(28, padding=1)
+
+
+def test_a_sparse_weight_of_a_convolution_gets_larger_blocks() -> None:
+    def block(vectors: int, nonzeros: int) -> int:
+        return conv_schedules.packing(cpu.level("avx512"), (256, 256), 1, vectors, 32768, nonzeros)["block"]
+
+    assert block(4, 256 * 256 // 2) == 86  # of three, for four fifths of the cache
+    assert block(4, 256 * 256 // 5) == 128
+    assert block(2, 256 * 256 // 5) == 256  # then no sums return
