@@ -9,11 +9,11 @@ from sparsecomp.kernels.conv_geometry import Geometry
 from sparsecomp.kernels.depthwise import DepthwiseSchedule, Layout
 from sparsecomp.patterns.quads import MOST_COLUMNS
 from sparsecomp.targets.cpu.level import Caches, Level
-from sparsecomp.targets.cpu.schedules import L2_SHARE, SPARSE_L1_SHARE
+from sparsecomp.targets.cpu.schedules import L2_SHARE, sparse_l1_share
 from sparsecomp.window import Maps, Window
 
 # Share of the L1 cache that a packed block takes; weights and sums stream through the rest. Where few entries are kept
-# it is `SPARSE_L1_SHARE`: 1x1 windows with 80 or 90 % zeros are up to 15 % faster so on a Zen 4, and those with 50 %
+# it is `sparse_l1_share`: 1x1 windows with 80 or 90 % zeros are up to 15 % faster so on a Zen 4, and those with 50 %
 # as fast.
 L1_SHARE = 0.8
 # Uses of a column by a tile, for each of its vectors, from which packing it pays: on a Zen 4 a map of 28x28 that is
@@ -77,9 +77,9 @@ def widest(level: Level) -> tuple[int, ...]:
     return (2, 4, 7) if level.lanes == 16 else (2, 3)
 
 
-def l1_share(shape: tuple[int, int], nonzeros: int) -> float:
-    """The share of the L1 cache for the blocks of a weight of so many entries."""
-    return L1_SHARE if 4 * nonzeros > shape[0] * shape[1] else SPARSE_L1_SHARE
+def block_bytes(shape: tuple[int, int], nonzeros: int, l1: int) -> int:
+    """Bytes of the L1 cache for a packed block, for a weight of so many entries."""
+    return int((L1_SHARE if 4 * nonzeros > shape[0] * shape[1] else sparse_l1_share(l1)) * l1)
 
 
 def uses(shape: tuple[int, int], groups: int, nonzeros: int) -> float:
@@ -89,7 +89,7 @@ def uses(shape: tuple[int, int], groups: int, nonzeros: int) -> float:
 
 def packing(level: Level, shape: tuple[int, int], groups: int, vectors: int, l1: int, nonzeros: int) -> dict[str, int]:
     """`chunk`, `block` and `groups` for `QuadWeight.pack`: even blocks that fit the L1 cache."""
-    columns = min(MOST_COLUMNS, max(1, int(l1_share(shape, nonzeros) * l1) // (4 * level.lanes * vectors)))
+    columns = min(MOST_COLUMNS, max(1, block_bytes(shape, nonzeros, l1) // (4 * level.lanes * vectors)))
     blocks = max(1, math.ceil(shape[1] / columns))
     rows = shape[0] // groups
     chunks = max(1, math.ceil(rows / CHUNK))

@@ -14,9 +14,8 @@ from sparsecomp.targets.cpu.level import Level
 ROW_STEP_COST = 0.3
 # The same for a kept column of a panel, in tokens: the weights' own loads.
 PANEL_STEP_COST = 0.7
-SPARSE_L1_SHARE = 1.0
-"""Share of the L1 cache for blocks of weights with at most a quarter of their entries."""
 _LINE = 16  # floats
+_SMALL_L1 = 32768
 L2_SHARE = 0.5
 """Share of the L2 cache that waiting sums may take."""
 ROW_VECTORS = (1, 2, 3, 4)
@@ -64,14 +63,22 @@ def row_packing(level: Level, shape: tuple[int, int], l1: int, nonzeros: int) ->
     """`chunk` and `block` for `QuadWeight.pack`: even chunks; even blocks of whole lines that fit the L1 cache.
 
     Where few entries are kept, the sums that return after each block weigh more than what larger blocks displace from
-    the cache: on a Zen 5 blocks of 0.9 of it are 3 % slower than of 0.75 at 50 % zeros, and 2 % faster at 90 %; on a
-    Zen 4 all of it is 2 to 6 % faster than 0.75 at 80 and 90 %.
+    the cache.
     """
-    share = level.l1_share if 4 * nonzeros > shape[0] * shape[1] else SPARSE_L1_SHARE
+    share = level.l1_share if 4 * nonzeros > shape[0] * shape[1] else sparse_l1_share(l1)
     columns = min(MOST_COLUMNS, int(share * l1) // (4 * level.lanes * level.vectors))
     columns = max(_LINE, columns // _LINE * _LINE)
     blocks = max(1, math.ceil(shape[1] / columns))
     return {"chunk": _chunk(level, shape[0]), "block": max(1, math.ceil(shape[1] / (blocks * _LINE))) * _LINE}
+
+
+def sparse_l1_share(l1: int) -> float:
+    """The share of the L1 cache for blocks of a weight that keeps a quarter of its entries or less.
+
+    On a Zen 5 (48 KB) blocks of 0.9 of it are 3 % slower than of 0.75 at 50 % zeros, and 2 % faster at 90 %. On a Zen 4
+    (32 KB) all of it is 2 to 6 % faster than 0.75 at 80 and 90 %, and 2 % than 0.9.
+    """
+    return 1.0 if l1 <= _SMALL_L1 else 0.9
 
 
 def together(chunk: int, tile: int, l2: int) -> int:

@@ -62,7 +62,7 @@ def packing(
     level: Level, shape: tuple[int, int], window: Window, vectors: int, l1: int, nonzeros: int
 ) -> StripPacking | None:
     """Even blocks of channels that fit the L1 cache, for tiles of so many rows; None where there is no kernel."""
-    floats = int(conv_schedules.l1_share(shape, nonzeros) * l1) // 4
+    floats = conv_schedules.block_bytes(shape, nonzeros, l1) // 4
     most = conv_strips.channels(window, level.lanes, vectors, floats)
     if not most:
         return None
