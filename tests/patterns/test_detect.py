@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsecomp.patterns import PanelWeight, Pattern, detect, kept_columns
@@ -27,7 +27,8 @@ def texts(weight: torch.Tensor) -> list[str]:
     return [str(detection.pattern) for detection in detect(weight)]
 
 
-@given(st.sampled_from(FAMILY), st.integers(1, 75), st.integers(1, 41), st.integers(0, 1000))
+@example(text="8:1:4:8", rows=2, cols=5, seed=0)
+@given(text=st.sampled_from(FAMILY), rows=st.integers(1, 75), cols=st.integers(1, 41), seed=st.integers(0, 1000))
 def test_what_was_projected_is_found(text: str, rows: int, cols: int, seed: int) -> None:
     pattern = Pattern.parse(text)
     weight = pattern.project(normal(rows, cols, seed))
@@ -35,7 +36,12 @@ def test_what_was_projected_is_found(text: str, rows: int, cols: int, seed: int)
     if (weight != 0).all():
         assert found == [Pattern("dense")]
     elif pattern.kind in ("nm", "vnm", "venom"):
-        assert any(other.v == pattern.v and other.m == pattern.m and pattern.covers(other) for other in found)
+        one = any(other.v == pattern.v and other.m == pattern.m and pattern.covers(other) for other in found)
+        # Few rows may use so few columns that V:N:M of a panel and N:M of a row say it more tightly.
+        alike = [other for other in found if other.m == pattern.m]
+        panel = any(other.kind == "vnm" and other.v == pattern.v and other.n <= pattern.k for other in alike)
+        row = any(other.kind == "nm" and other.n <= pattern.n for other in alike)
+        assert one or (pattern.kind == "venom" and panel and row)
     elif (weight == 0).all():
         assert any(other.kind == pattern.kind and pattern.covers(other) for other in found)
     else:
