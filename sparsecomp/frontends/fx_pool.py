@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from sparsecomp.frontends.fx import Replacement
-from sparsecomp.frontends.fx_ops import argument, function_name, tensor_value
+from sparsecomp.frontends.fx_ops import argument, classify, function_name, tensor_value
 from sparsecomp.ir import ConvSite
 from sparsecomp.log import log
 from sparsecomp.runtime.pool import MAX_POOL
@@ -74,9 +74,10 @@ def _place(node: fx.Node, positive: set[int]) -> tuple[fx.Node, Window] | None:
     if kernel is None or stride is None or padding is None or dilation is None:
         return None
     source, extra = argument(node, 0, "input"), (0, 0)
-    if isinstance(source, fx.Node) and function_name(source) == "pad":
-        before, extra = _zeros(source)
-        source = argument(source, 0, "input")
+    padded = classify(source) if isinstance(source, fx.Node) else None
+    if padded is not None and padded.kind == "pad":
+        before, extra = _sides(padded.attrs["amounts"])
+        (source,) = padded.operands
         if not _is_conv(source) or source.args[3] not in positive or before is None or any(padding):
             return None
         padding = before
@@ -87,12 +88,9 @@ def _place(node: fx.Node, positive: set[int]) -> tuple[fx.Node, Window] | None:
     return source, Window(kernel, stride, padding, dilation, int(value.shape[1]), extra)
 
 
-def _zeros(node: fx.Node) -> tuple[tuple[int, int] | None, tuple[int, int]]:
-    """Zeros on all sides of a map, rows and columns, and more of them at its end; None for other forms of padding."""
-    amounts = argument(node, 1, "pad")
-    mode, fill = argument(node, 2, "mode", "constant"), argument(node, 3, "value", None)
-    numbers = isinstance(amounts, (tuple, list)) and len(amounts) == 4 and all(type(a) is int for a in amounts)
-    if not numbers or mode != "constant" or fill not in (None, 0, 0.0):
+def _sides(amounts: Sequence[int]) -> tuple[tuple[int, int] | None, tuple[int, int]]:
+    """Padding of both sides, rows and columns, and what the ends have beyond; None for amounts that do not split so."""
+    if len(amounts) != 4:
         return None, (0, 0)
     left, right, top, bottom = amounts
     if not (0 <= left <= right and 0 <= top <= bottom):
