@@ -9,6 +9,7 @@ from sparsecomp.passes.detect_ffn import DetectFfn
 from sparsecomp.passes.detect_linear import DetectLinear
 from sparsecomp.passes.detect_moe import DetectMoe
 from sparsecomp.passes.fuse_epilogue import FuseEpilogue
+from sparsecomp.passes.hold_terms import HoldTerms
 
 __all__ = [
     "DetectComposite",
@@ -17,6 +18,7 @@ __all__ = [
     "DetectLinear",
     "DetectMoe",
     "FuseEpilogue",
+    "HoldTerms",
     "Observer",
     "Pass",
     "PassResult",
@@ -28,4 +30,4 @@ __all__ = [
 def default_passes(fuse: bool = True) -> list[Pass]:
     """The passes of the backend, in order; those that do not fuse leave what follows a product where it is."""
     fusing: list[Pass] = [FuseEpilogue()] if fuse else []
-    return [DetectLinear(), DetectConv(), DetectComposite(), *fusing, DetectFfn(), DetectMoe()]
+    return [DetectLinear(), DetectConv(), DetectComposite(), *fusing, HoldTerms(), DetectFfn(), DetectMoe()]

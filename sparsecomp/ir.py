@@ -181,6 +181,8 @@ class ConvSite:
         tokens: Output positions of all images, N * OH * OW.
         norm: Batch normalisation behind the convolution, or None.
         residual_first: Whether the residual is added before the activation.
+        held: Where all values that `term_names` names are constant: of each the index of the graph input that holds it
+            (-1 when the graph itself does) and the tensor. None where they are to be computed with at each call.
 
     The others are those of `LinearSite`.
     """
@@ -203,8 +205,15 @@ class ConvSite:
     activation: str = "none"
     declined: str | None = None
     composite: str = ""
+    held: tuple[tuple[int, torch.Tensor], ...] | None = None
 
     transposed = False
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """The names of what its sums are scaled with and what is added to them."""
+        bias = () if self.bias is None else (self.bias,)
+        return bias + (() if self.norm is None else self.norm.values)
 
     @property
     def anchor(self) -> str:

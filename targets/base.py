@@ -192,7 +192,21 @@ class Kernel(Product):
             out: `[tokens, O]`, written.
         """
 
+    def ready(self, tokens: int, activation: str, residual: bool) -> LinearCall:
+        """What `run` does for so many tokens and PyTorch's present number of threads.
 
+        Returns:
+            A function `call(x, bias, residual, out)` of contiguous float32 tensors with any leading dimensions.
+        """
+
+        def call(x: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor) -> None:
+            flat = None if added is None else added.view(tokens, -1)
+            self.run(x.view(tokens, -1), bias, flat, activation, out.view(tokens, -1))
+
+        return call
+
+
+LinearCall = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
 ConvCall = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], None]
 
 

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsecomp.blocks import FfnSite
 from sparsecomp.frontends.fx_ops import classify, is_transform, mutated, tensor_value
-from sparsecomp.ir import ConvSite, LinearSite, Norm, Operation, Site, Size, SparseGraph
+from sparsecomp.ir import ConvSite, LinearSite, Operation, Site, Size, SparseGraph
+from sparsecomp.runtime.terms import fold_terms
 from sparsecomp.window import form_of
 
 COMPOSITE = "sparsecomp_composite"
@@ -90,8 +91,8 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
         gm: The graph that the sites were found in, or a copy with the same node names.
         replacements: What to replace. At the place of its anchor each becomes a call of
             `torch.ops.sparsecomp.linear.default(x, bias, residual, handle, out_features, activation)`, or of
-            `torch.ops.sparsecomp.conv.default(x, terms, residual, handle, form)` behind what computes the terms; what
-            skips becomes a call of `skip`.
+            `torch.ops.sparsecomp.conv.default(x, terms, residual, handle, form)`, behind what computes the terms unless
+            the site at run time holds them; what skips becomes a call of `skip`.
 
     Raises:
         ValueError: A site is declined, given twice, or its operations are not in the graph.
@@ -119,9 +120,11 @@ def apply(gm: fx.GraphModule, replacements: Sequence[Replacement]) -> None:
 
 def _operands(site: Site | FfnSite) -> list[str]:
     """The names of what a site reads beside its weights."""
-    biases = [linear.bias for linear in site.linears] if isinstance(site, FfnSite) else [site.bias]
-    names = [site.x, *biases, site.residual]
-    names += site.norm.values if isinstance(site, ConvSite) and site.norm is not None else ()
+    if isinstance(site, FfnSite):
+        added = [linear.bias for linear in site.linears]
+    else:
+        added = list(site.term_names) if isinstance(site, ConvSite) else [site.bias]
+    names = [site.x, *added, site.residual]
     return [name for name in names if name is not None]
 
 
@@ -165,37 +168,13 @@ def _conv_call(graph: fx.Graph, site: ConvSite, handle: int, nodes: dict[str, fx
     window = site.window
     if window is None:
         raise ValueError(f"site {site.name} cannot be replaced, it has no window")
-    terms = _terms(graph, site.norm, site.bias, nodes)
+    terms = None
+    if site.term_names and site.held is None:
+        tracer = fx.proxy.GraphAppendingTracer(graph)
+        terms = fold_terms(site.norm, site.bias, lambda name: fx.Proxy(nodes[name], tracer)).node
     residual = nodes[site.residual] if site.residual is not None else None
     arguments = (nodes[site.x], terms, residual, handle, form_of(window, site.out_features))
     return graph.call_function(torch.ops.sparsecomp.conv.default, arguments)
-
-
-def _terms(graph: fx.Graph, norm: Norm | None, bias: str | None, nodes: dict[str, fx.Node]) -> fx.Node | None:
-    """What is added to the scaled sums and the scales, in one vector.
-
-    Computed anew in each call, by a few operations on vectors that Inductor makes one loop of: so a change of the
-    normalisation is seen without anybody looking for it.
-    """
-
-    def call(function: Any, *args: Any) -> fx.Node:
-        return graph.call_function(function, args)
-
-    if norm is None and bias is None:
-        return None
-    if norm is None:
-        shift = call(torch.Tensor.float, nodes[str(bias)])
-        return call(torch.cat, [shift, call(torch.ones_like, shift)])
-    mean, variance = (call(torch.Tensor.float, nodes[name]) for name in (norm.mean, norm.variance))
-    scale = call(torch.rsqrt, call(torch.add, variance, norm.eps))
-    if norm.weight is not None:
-        scale = call(torch.mul, scale, nodes[norm.weight])
-    if bias is not None:
-        mean = call(torch.sub, mean, nodes[bias])
-    shift = call(torch.neg, call(torch.mul, mean, scale))
-    if norm.bias is not None:
-        shift = call(torch.add, shift, nodes[norm.bias])
-    return call(torch.cat, [shift, scale])
 
 
 def _erase_unused(graph: fx.Graph, candidates: list[fx.Node]) -> None:

@@ -30,14 +30,29 @@ def _kernel(target: str, form: str) -> ConvKernel | None:
     return get_target(target).prepare_pool(grouped)
 
 
-def _max_pool(x: Tensor, target: str, form: str) -> Tensor:
+def write_pool(x: Tensor, target: str, form: str, out: Tensor) -> None:
+    """Pool the maps x.
+
+    Args:
+        x: `[N, C, H, W]`.
+        target: of the kernel.
+        form: of the window, as `sparsecomp.window.form_of` writes it.
+        out: contiguous, written.
+
+    Raises:
+        RuntimeError: the target has no kernel for that.
+    """
     kernel = _kernel(target, form)
     if kernel is None:
         raise RuntimeError(f"target {target} has no kernel for max pooling: compile the model again")
-    out = torch.empty(_sizes(x, form))
     if out.numel():
         maps = Maps(x.shape[0], x.shape[2], x.shape[3])
         kernel.ready(maps, ConvEpilogue(), False)(x.contiguous(), None, None, out)
+
+
+def _max_pool(x: Tensor, target: str, form: str) -> Tensor:
+    out = torch.empty(_sizes(x, form))
+    write_pool(x, target, form, out)
     return out
 
 

@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsecomp.runtime.weight_site import ACTIVATIONS, WeightSite
-from sparsecomp.targets.base import Candidate, DeviceKernel, Kernel, Target, WeightFacts
+from sparsecomp.targets.base import Candidate, DeviceKernel, Kernel, LinearCall, Target, WeightFacts
 
 Chooser = Callable[[WeightFacts, int], Candidate]
 LinearKernel = TypeVar("LinearKernel", Kernel, DeviceKernel)
+
+# Shapes that are remembered; a stream of ever new sizes must not grow without bound.
+_MAX_SHAPES = 1024
 
 _sites: weakref.WeakValueDictionary[int, LinearRuntime[Any]] = weakref.WeakValueDictionary()
 
@@ -54,6 +57,10 @@ class LinearRuntime(WeightSite[int, LinearKernel]):
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """`activation(x @ W.T + bias) + residual` for x of `[..., I]`; the result is contiguous, of x's type."""
 
+    def write(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+        """As `run`, to a contiguous output of x's type."""
+        out.copy_(self.run(x, bias, residual))
+
     def _dense(self, matrix: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         value = ACTIVATIONS[self._activation](functional.linear(x, matrix, bias))
         value = value if residual is None else value + residual
@@ -71,26 +78,40 @@ class RuntimeSite(LinearRuntime[Kernel]):
 
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """See `LinearRuntime.run`."""
-        packed = self._here.packed
-        outputs, inputs = packed.facts.out_features, packed.facts.in_features
-        shape = (*x.shape[:-1], outputs)
-        tokens = x.numel() // inputs if inputs else 0
-        kernel = self._kernel(packed, tokens, residual is not None) if tokens else None
-        if kernel is None:
-            return self._dense(packed.values, x, bias, residual)
-        out = torch.empty(shape)
-        rows = out
-        if len(shape) != 2:
-            x, rows = x.reshape(tokens, inputs), out.view(tokens, outputs)
-            residual = None if residual is None else residual.reshape(tokens, outputs)
-        kernel.run(
-            _plain(x),
-            None if bias is None else _plain(bias),
-            None if residual is None else _plain(residual),
-            self._activation,
-            rows,
-        )
+        call = self._ready(x, residual)
+        if call is None:
+            return self._dense(self._here.packed.values, x, bias, residual)
+        out = torch.empty((*x.shape[:-1], self._here.packed.facts.out_features))
+        call(_plain(x), _plain_or_none(bias), _plain_or_none(residual), out)
         return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+    def write(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+        """See `LinearRuntime.write`."""
+        call = self._ready(x, residual)
+        if call is not None and out.dtype == torch.float32:
+            call(_plain(x), _plain_or_none(bias), _plain_or_none(residual), out)
+        else:
+            out.copy_(self.run(x, bias, residual))
+
+    def _ready(self, x: Tensor, residual: Tensor | None) -> LinearCall | None:
+        """The call for inputs of a shape, None for the dense one; remembered."""
+        packed = self._here.packed
+        key = (x.shape, residual is None, torch.get_num_threads())
+        try:
+            ready: LinearCall | None = packed.ready[key]
+        except KeyError:
+            inputs = packed.facts.in_features
+            tokens = x.numel() // inputs if inputs else 0
+            kernel = self._kernel(packed, tokens, residual is not None) if tokens else None
+            ready = None if kernel is None else kernel.ready(tokens, self._activation, residual is not None)
+            if len(packed.ready) >= _MAX_SHAPES:
+                packed.ready.clear()
+            packed.ready[key] = ready
+        return ready
+
+
+def _plain_or_none(value: Tensor | None) -> Tensor | None:
+    return None if value is None else _plain(value)
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -105,15 +126,24 @@ _library.define(
 )
 
 
+def linear_site(handle: int) -> LinearRuntime[Any]:
+    """The site of a handle.
+
+    Raises:
+        RuntimeError: it was released.
+    """
+    found = _sites.get(handle)
+    if found is None:
+        raise RuntimeError(
+            f"sparsecomp::linear was called for site {handle}, which was released: compile the model again"
+        )
+    return found
+
+
 def _linear(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, site: int, out_features: int, activation: str
 ) -> Tensor:
-    found = _sites.get(site)
-    if found is None:
-        raise RuntimeError(
-            f"sparsecomp::linear was called for site {site}, which was released: compile the model again"
-        )
-    return found.run(x, bias, residual)
+    return linear_site(site).run(x, bias, residual)
 
 
 def _linear_meta(

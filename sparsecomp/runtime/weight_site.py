@@ -6,7 +6,8 @@ import itertools
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from operator import attrgetter, is_
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -28,6 +29,26 @@ Call = TypeVar("Call", bound=Hashable)
 Form = TypeVar("Form")
 
 
+class Seen:
+    """Tensors as they were at some time, none of which is kept alive."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = [weakref.ref(tensor) for tensor in tensors]
+        self._versions = [tensor._version for tensor in tensors]
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether as many given ones are the same, unchanged since; a hundred take a hundredth of a millisecond."""
+        return (
+            all(map(is_, [reference() for reference in self._tensors], tensors))
+            and list(map(_version, tensors)) == self._versions
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
+        )
+
+
+_version = attrgetter("_version")
+
+
 class PackedWeight(Generic[Call, PackedKernel]):
     """One weight as a site uses it: its facts, and its kernels by candidate and by what the site is called with."""
 
@@ -38,6 +59,7 @@ class PackedWeight(Generic[Call, PackedKernel]):
         self.facts = facts_of(weight, transposed)
         self.kernels: dict[Candidate, PackedKernel] = {}
         self.choices: dict[Call, PackedKernel | None] = {}
+        self.terms: tuple[Seen, Tensor] | None = None  # of a convolution, and what they were made of
         self.ready: dict[Hashable, Any] = {}  # what a site keeps for its calls beside the kernels
 
     def is_current(self, weight: Tensor) -> bool:

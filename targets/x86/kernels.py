@@ -17,7 +17,7 @@ from sparsecomp.patterns import PanelWeight
 from sparsecomp.patterns.gathered import GatherWeight, MaskWeight
 from sparsecomp.patterns.quads import QuadWeight
 from sparsecomp.runtime.launch import KernelSource, Launch, Weights, assembly_of, function_of
-from sparsecomp.targets.base import Kernel
+from sparsecomp.targets.base import Kernel, LinearCall
 from sparsecomp.targets.cpu import schedules
 from sparsecomp.targets.cpu.level import Level
 from sparsecomp.targets.x86.cpu import caches
@@ -41,7 +41,7 @@ class X86Kernel(Kernel):
         self._shape = shape
         self._weights = Weights(arrays)
         self._no_bias = torch.zeros(shape[0])
-        self._calls: dict[tuple[int, int, str, bool], Launch] = {}
+        self._calls: dict[tuple[int, int, str, bool], LinearCall] = {}
         self._variants: dict[tuple[int, Epilogue], tuple[KernelSource, Any]] = {}
         self.nbytes = self._weights.nbytes
 
@@ -59,17 +59,25 @@ class X86Kernel(Kernel):
 
     def run(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, out: Tensor) -> None:
         """See `Kernel.run`."""
+        self.ready(x.shape[0], activation, residual is not None)(x, bias, residual, out)
+
+    def ready(self, tokens: int, activation: str, residual: bool) -> LinearCall:
+        """See `Kernel.ready`."""
         threads = torch.get_num_threads()
-        key = (x.shape[0], threads, activation, residual is not None)
+        key = (tokens, threads, activation, residual)
         call = self._calls.get(key)
         if call is None:
-            variant, dims, items, scratch = self._cut(x.shape[0], threads)
-            function = self._function(variant, Epilogue(activation, residual is not None))
-            call = Launch(function, self._weights, dims, items, threads, scratch)
+            variant, dims, items, scratch = self._cut(tokens, threads)
+            function = self._function(variant, Epilogue(activation, residual))
+            run, no_bias = Launch(function, self._weights, dims, items, threads, scratch).run, self._no_bias
+
+            def call(x: Tensor, bias: Tensor | None, added: Tensor | None, out: Tensor) -> None:
+                run(x, no_bias if bias is None else bias, added, out)
+
             if len(self._calls) >= _MAX_CALLS:
                 self._calls.clear()
             self._calls[key] = call
-        call.run(x, self._no_bias if bias is None else bias, residual, out)
+        return call
 
     def build(self, tokens: int, activation: str, residual: bool) -> None:
         """See `Kernel.build`."""
