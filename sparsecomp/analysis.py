@@ -196,11 +196,11 @@ class DryRun:
         if self.assume is not None:
             choice = chooser.choice(WeightFacts.assumed(*shape, self.assume))
             return replace(choice, reason=f"{choice.reason}; assuming {self.assume}")
-        if not (where := _missing(site.weight)):
+        if not _valueless(site.weight):
             return None
         # Priced as a full weight, which is what dense computes.
         choice = chooser.choice(replace(WeightFacts.assumed(*shape, Pattern("dense")), patterns=()))
-        return replace(choice, reason=f"dense: its zeros are not known, since its weight is {where}; assume a pattern")
+        return replace(choice, reason="dense: its zeros are not known, as its weight has no values; assume a pattern")
 
 
 def analyse(
@@ -359,7 +359,7 @@ _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 def _unfit(site: Site, target: Target, dry: DryRun | None) -> str | None:
     """Why the weight of a site cannot be packed or watched, None if it can."""
     weight = site.weight
-    missing = dry is not None and bool(_missing(weight))
+    missing = dry is not None and _valueless(weight)
     if not missing and type(weight) not in (Tensor, torch.nn.Parameter):
         return f"its weight is a {type(weight).__name__}, not a plain tensor"
     if weight.device.type != target.device and not missing and (dry is None or target.why_not_here() is None):
@@ -375,11 +375,8 @@ def _unfit(site: Site, target: Target, dry: DryRun | None) -> str | None:
     return None
 
 
-def _missing(weight: Tensor) -> str:
-    """Where a weight is that has no values; empty if it has some."""
-    if isinstance(weight, FakeTensor):
-        return "a fake tensor"
-    return "on the meta device" if weight.device.type == "meta" else ""
+def _valueless(weight: Tensor) -> bool:
+    return isinstance(weight, FakeTensor) or weight.device.type == "meta"
 
 
 def _countable(weight: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsecomp.analysis import DryRun, analyse
 from sparsecomp.frontends.fx_expand import settle
@@ -18,6 +19,7 @@ from sparsecomp.patterns import Pattern
 from sparsecomp.planner import Plan
 from sparsecomp.report import Report
 from sparsecomp.targets.base import Target
+from sparsecomp.valueless import runnable
 
 
 def explain(
@@ -36,7 +38,8 @@ def explain(
 
     For a target that is not here (`arm:cortex-a76` on a PC) the choices are what its prices say, with as many threads
     as PyTorch has here. The model and its inputs may be on the meta device, or fake tensors: no memory is needed then,
-    and where weights have no values their zeros are unknown, unless a pattern is assumed.
+    and where weights have no values their zeros are unknown, unless a pattern is assumed. What runs is then a copy of a
+    module on the meta device.
 
     Args:
         model: a module or function, or what `torch.compile` made of it: its options are then used.
@@ -69,8 +72,9 @@ def explain(
         # A region of its own and static shapes: neither the user's compiled code nor its limits on recompiling are
         # touched.
         compile_model: Any = torch.compile  # whose overloads do not know all of its arguments
-        compiled = compile_model(_caller(original), backend=session.backend, dynamic=False, isolate_recompiles=True)
-        compiled(*inputs, **kwargs)
+        with runnable(original, inputs, kwargs) as (run, args, named):
+            compiled = compile_model(_caller(run), backend=session.backend, dynamic=False, isolate_recompiles=True)
+            compiled(*args, **named)
     session.finish()
     return session.report
 
@@ -107,7 +111,8 @@ class _Session:
                 planned.add(key)
                 for node, origin in origins.items():
                     node.meta["grapharg"] = origin
-                self._plan(gm, [parameters.get(place, example) for place, example in enumerate(example_inputs)])
+                with _disable_current_modes():  # one of fake tensors may be active
+                    self._plan(gm, [parameters.get(place, example) for place, example in enumerate(example_inputs)])
             return gm.forward(*args)
 
         return run
