@@ -67,7 +67,7 @@ def explain(
     session = _Session(
         parsed, parsed.resolve_target(tensors), DryRun(None if assume is None else Pattern.parse(assume))
     )
-    session.report.notes += _gradient_note(original, inputs, kwargs)
+    session.report.notes += [*_gradient_note(original, inputs, kwargs), *_recurrent_note(original)]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         # A region of its own and static shapes: neither the user's compiled code nor its limits on recompiling are
         # touched.
@@ -204,6 +204,18 @@ def _options_of(context: OptimizeContext) -> Options:
         return Options()
     arguments = backend.kwargs
     return Options.parse(arguments.get("options"), arguments.get("mode"))
+
+
+def _recurrent_note(model: Callable[..., Any]) -> list[str]:
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    names = [name or "the model" for name, module in modules if isinstance(module, nn.RNNBase)]
+    if not names or torch._dynamo.config.allow_rnn:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [
+        f"Dynamo leaves functions that use an RNN, GRU or LSTM ({', '.join(names[:_SHOWN])}{more}) to eager mode, with "
+        "the other layers that they call themselves; torch._dynamo.config.allow_rnn = True lets it take them"
+    ]
 
 
 def _gradient_note(model: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:

@@ -124,3 +124,29 @@ def test_what_cannot_be_copied_runs_on_the_meta_device() -> None:
             assert run is call
             assert given is x
         assert len(sparsecomp.explain(call, x, target="cuda:h100")) == 1
+
+
+class Recurrent(nn.Module):
+    """Dynamo leaves the whole forward pass to eager mode, unless its configuration says otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.lstm, self.after = nn.Linear(64, 64), nn.LSTM(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.after(self.lstm(self.before(x))[0])
+        return y
+
+
+@pytest.mark.parametrize("kind", [None, "meta", "cpu"])
+def test_layers_beside_an_lstm_are_explained_where_dynamo_takes_it(kind: str | None) -> None:
+    model, x = Recurrent().requires_grad_(False), torch.zeros(5, 2, 64)
+    if kind is not None:
+        model, x = valueless(model, kind, x)
+    report = sparsecomp.explain(model, x, target="cuda:h100")
+    assert len(report) == 0
+    assert "RNN, GRU or LSTM (lstm) to eager mode" in report.notes[0]
+    with torch._dynamo.config.patch(allow_rnn=True):
+        report = sparsecomp.explain(model, x, target="cuda:h100")
+    assert [choice.name for choice in report] == ["before", "after"]
+    assert report.notes == []
