@@ -113,6 +113,52 @@ def test_calibrate_on_an_arm_machine_measures_its_kernels(monkeypatch: pytest.Mo
     assert "no dense linear was measured" in result.stdout
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "another ARM CPU"])
+def test_calibrate_measures_the_card_beside_any_cpu(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sparsecomp.targets.arm.calibrate
+    import sparsecomp.targets.cuda.calibrate
+    import sparsecomp.targets.x86.calibrate
+    import sparsecomp.targets.x86.ort_calibrate
+    from sparsecomp import targets
+    from sparsecomp.targets.arm.cpu import cpu, host_level
+    from sparsecomp.targets.arm.machine import ArmMachine
+    from sparsecomp.targets.arm.target import ArmTarget
+    from sparsecomp.targets.cuda.cards import card
+
+    found = {
+        "x86_64": targets.get_target("x86"),
+        "aarch64": ArmMachine(cpu("cortex-a76"), host_level()),
+        "another ARM CPU": ArmTarget(cpu("cortex-a76")),
+    }[machine]
+    monkeypatch.setattr(targets, "get_target", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sparsecomp.targets.cuda.cards.card_here", lambda: card("l4"))
+    monkeypatch.setattr(sparsecomp.targets.x86.calibrate, "calibrate", lambda: "the x86 CPU")
+    monkeypatch.setattr(sparsecomp.targets.x86.ort_calibrate, "calibrate", lambda: "as well")
+    monkeypatch.setattr(sparsecomp.targets.arm.calibrate, "calibrate", lambda given: {"dense": (1.5, 3)})
+    monkeypatch.setattr(
+        sparsecomp.targets.cuda.calibrate, "calibrate", lambda given: {f"rows of {given.name}": (2.0, 4)}
+    )
+    result = runner.invoke(app, ["calibrate"])
+    assert result.exit_code == 0, result.output
+    cpu_says = {"x86_64": "the x86 CPU", "aarch64": "dense           takes 1.50", "another ARM CPU": "is not measured"}
+    for name, text in cpu_says.items():
+        assert (text in result.stdout) is (name == machine)
+    assert result.stdout.index("rows of cuda:l4 takes 2.00") > result.stdout.index(cpu_says[machine])
+
+
+def test_calibrate_says_why_a_card_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsecomp.cli import machine
+    from sparsecomp.targets.cuda.cards import matched
+
+    monkeypatch.setattr(machine, "_measure_cpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sparsecomp.targets.cuda.cards.card_here", lambda: matched("Tesla V100", 70, 80, 6 << 20))
+    result = runner.invoke(app, ["calibrate"])
+    assert result.exit_code == 0, result.output
+    assert "the GPU is not measured: Tesla V100 has compute capability 7.0" in result.stdout
+
+
 def test_explain_for_a_board(bert_folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     arguments = ["--sparsify", "unstructured@0.9", "--tokens", "16", "--target", "arm:cortex-a53"]

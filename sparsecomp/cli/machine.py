@@ -39,36 +39,56 @@ def calibrate(
         typer.Option("--from", help="Take what an exported package measured on a board (its --results) instead."),
     ] = None,
 ) -> None:
-    """Measure this machine for the cost model, in about a minute; the result is kept in the cache folder."""
+    """Measure this machine and its NVIDIA card for the cost model, in about a minute; the cache folder keeps it."""
     with errors_for_people():
         if results is not None:
             from sparsecomp.targets.arm.calibration import calibrate_from
 
             _print_factors(calibrate_from(results))
             return
-        from sparsecomp.targets import get_target
-        from sparsecomp.targets.arm.machine import ArmMachine
-        from sparsecomp.targets.x86.calibrate import calibrate as measure
-
         print("measuring; other work on the machine would spoil the result ...", file=sys.stderr)
-        if isinstance(target := get_target(), ArmMachine):
-            from sparsecomp.targets.arm.calibrate import calibrate as measure_arm
+        _measure_cpu()
+        _measure_card()
 
-            _print_factors(measure_arm(target))
-            return
-        print(measure())
-        if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
-            from sparsecomp.targets.x86.ort_calibrate import calibrate as measure_ort
 
-            print(f"\nONNX Runtime: {measure_ort()}")
-        import torch
+def _measure_cpu() -> None:
+    from sparsecomp.targets import get_target
+    from sparsecomp.targets.arm.machine import ArmMachine
 
-        if torch.cuda.is_available():
-            from sparsecomp.targets.cuda.calibrate import calibrate as measure_card
-            from sparsecomp.targets.cuda.cards import card_here
-            from sparsecomp.targets.cuda.target import CudaTarget
+    target = get_target()
+    if isinstance(target, ArmMachine):
+        from sparsecomp.targets.arm.calibrate import calibrate as measure_arm
 
-            _print_factors(measure_card(CudaTarget(card_here())))
+        _print_factors(measure_arm(target))
+        return
+    if (reason := target.why_not_here()) is not None:
+        print(f"{target.name} is not measured: {reason}")
+        return
+    from sparsecomp.targets.x86.calibrate import calibrate as measure
+
+    print(measure())
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+        from sparsecomp.targets.x86.ort_calibrate import calibrate as measure_ort
+
+        print(f"\nONNX Runtime: {measure_ort()}")
+
+
+def _measure_card() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    from sparsecomp.targets.cuda import cards
+    from sparsecomp.targets.cuda.calibrate import calibrate as measure_card
+    from sparsecomp.targets.cuda.target import CudaTarget
+
+    try:
+        found = cards.card_here()
+    except ValueError as error:
+        print(f"\nthe GPU is not measured: {error}")
+        return
+    print(f"\n{found.board}:")
+    _print_factors(measure_card(CudaTarget(found)))
 
 
 def _print_factors(factors: Mapping[str, tuple[float, int]]) -> None:
