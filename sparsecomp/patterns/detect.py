@@ -22,7 +22,11 @@ PANEL_ROWS = (4, 8, 16, 32, 64)
 VENOM = (2, 4)
 """N and K of VENOM's patterns, as sparse tensor cores have them."""
 TAPS = (9, 25)
-BLOCKS = ((64, 1), (32, 1), (16, 1), (8, 1), (4, 1), (16, 16), (8, 8), (4, 4), (1, 16), (1, 8), (1, 4))
+BLOCKS = (
+    *((64, 1), (32, 1), (16, 1), (8, 1), (4, 1)),
+    *((64, 64), (32, 32), (16, 16), (8, 8), (4, 4)),
+    *((1, 16), (1, 8), (1, 4)),
+)
 
 # Any weight is a weight of blocks, if every block counts as kept. It is reported as one where at least this share of a
 # block kernel's products is needed: XNNPACK asks the same, 3.6 of 4 and 1.8 of 2, before it takes blocks.
@@ -165,7 +169,7 @@ def _blocks_of(
     """Blocks of that many rows that are nearly full where they are not empty."""
     found = []
     for cols in (cols for block_rows, cols in BLOCKS if block_rows == rows):
-        occupied = union if cols == 1 else counts[cols] > 0
+        occupied = _occupied(union, counts, cols)
         kept = int(torch.count_nonzero(occupied))
         slots = groups.occupied_slots(occupied, rows, cols, (shape[0], shape[1]))
         fill = nonzeros / slots if slots else 1.0
@@ -173,3 +177,13 @@ def _blocks_of(
             share = groups.shortest_share(kept, occupied.numel())
             found.append((Pattern("block", rows=rows, cols=cols, sparsity=share), fill))
     return found
+
+
+def _occupied(union: Tensor, counts: dict[int, Tensor], cols: int) -> Tensor:
+    """Which groups of columns keep any, from the kept columns and their counts by group size."""
+    if cols == 1:
+        return union
+    if cols in counts:
+        return counts[cols] > 0
+    widest = max(counts)
+    return groups.fold_columns(counts[widest], cols // widest) > 0

@@ -14,6 +14,7 @@ FAMILY = [f"{n}:{m}" for n, m in [(1, 4), (2, 4), (3, 4), (4, 8), (5, 8), (8, 16
 FAMILY += [f"{v}:{text}" for v in (4, 8, 16, 32, 64) for text in ("2:4", "1:4", "3:8")]
 FAMILY += [f"{v}:2:4:{m}" for v in (4, 16, 64) for m in (8, 16)] + ["8:1:4:8"]
 FAMILY += ["16x1@0.5", "4x4@0.75", "1x8@0.25", "unstructured@0.8", "unstructured@0.5"]
+FAMILY += ["16x16@0.5", "32x32@0.5", "64x64@0.5"]
 KERNELS = ["taps:4:9", "taps:1:9", "16:taps:4:9", "4:taps:9:25"]
 
 
