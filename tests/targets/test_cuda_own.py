@@ -158,10 +158,26 @@ def test_packed_bytes_are_those_of_the_packed_weight(pattern: str, dtype: torch.
     assert {"panel", "rows", "rows_token"} <= seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16])
-@pytest.mark.parametrize("pattern", ["2:4", "32:2:8", "32:2:4:16", "16x16@0.5", "unstructured@0.9"])
-def test_products_of_every_candidate_agree_under_the_emulator(pattern: str, dtype: torch.dtype) -> None:
-    weight, target = sparse(pattern, 48, 64, dtype), CardOnCpu()
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    ("pattern", "shape", "family"),
+    [
+        ("2:4", (48, 64), "two_four"),
+        ("16:2:8", (40, 72), "panel_v16"),
+        ("32:2:8", (48, 64), "panel_v32"),
+        ("64:2:8", (80, 96), "panel_v64"),
+        ("32:2:4:16", (48, 64), "panel_sparse_v32"),
+        ("64:2:4:8", (80, 96), "panel_sparse_v64"),
+        ("16x16@0.5", (48, 64), "block_v16"),
+        ("32x32@0.5", (96, 128), "block_v32"),
+        ("64x64@0.5", (128, 192), "block_v64"),
+        ("unstructured@0.9", (48, 64), "rows"),
+    ],
+)
+def test_products_of_every_candidate_agree_under_the_emulator(
+    pattern: str, shape: tuple[int, int], family: str, dtype: torch.dtype
+) -> None:
+    weight, target, names = sparse(pattern, *shape, dtype), CardOnCpu(), set()
     tolerance = {torch.float32: 1e-5, HALF: 2e-3, torch.bfloat16: 1.6e-2, torch.int8: 0}[dtype]
     results = torch.int32 if dtype == torch.int8 else dtype
     with kernels_on_cpu():
@@ -169,7 +185,9 @@ def test_products_of_every_candidate_agree_under_the_emulator(pattern: str, dtyp
             kernel = own.kernel_of(candidate, dtype)
             if kernel is None:
                 continue
-            x, bias = values(kernel.tokens or 11, 64, dtype=dtype), values(48, dtype=dtype).to(results)
+            names.add(kernel.name)
+            x = values(kernel.tokens or 11, shape[1], dtype=dtype)
+            bias = values(shape[0], dtype=dtype).to(results)
             packed = target.prepare(candidate, weight)
             assert kernel.entry in packed.source
             for given in (bias, None):
@@ -178,6 +196,8 @@ def test_products_of_every_candidate_agree_under_the_emulator(pattern: str, dtyp
                 assert y.dtype == results
                 expected = functional.linear(x.to(results), weight.to(results), given)
                 torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    expected_names = {kernel.name for kernel in KERNELS if kernel.name.startswith(family) and kernel.dtype == dtype}
+    assert expected_names <= names
 
 
 @pytest.mark.parametrize(
