@@ -11,6 +11,8 @@ from sparsecomp.kernels.epilogue import ACTIVATIONS, activate_reference
 
 NAMED = {kernel.name: kernel for kernel in KERNELS}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.int8: 0}
+ORDERS = range(4)
+"""Seeds of the random orders in which the threads of a launch run."""
 each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 
 
@@ -45,17 +47,19 @@ def assert_equal(y, expected, dtype):
 @each_kernel
 def test_products_agree_at_ragged_sizes_in_any_order_of_threads(kernel):
     generator = torch.Generator().manual_seed(0)
-    for seed, (outputs, inputs, tokens) in enumerate(((70, 150, 67), (64, 64, 8), (5, 19, 1))):
+    for case, (outputs, inputs, tokens) in enumerate(((70, 150, 67), (64, 64, 8), (5, 19, 1))):
         weight = sparse_weight(kernel, outputs, inputs, generator)
         tokens = min(tokens, kernel.tokens) if kernel.tokens else tokens
         x = values((tokens, inputs), kernel.dtype, generator)
-        bias = torch.randn(outputs, generator=generator) if seed != 1 else None
-        activation = seed
+        bias = torch.randn(outputs, generator=generator) if case != 1 else None
+        activation = case
         if kernel.dtype == torch.int8:
             bias, activation = None if bias is None else (1000 * bias).int(), 0
-        y, failure = linear(kernel, weight, x, bias, activation, seed)
-        assert failure == ""
-        assert_equal(y, reference(weight, x, bias, activation), kernel.dtype)
+        expected = reference(weight, x, bias, activation)
+        for order in ORDERS:
+            y, failure = linear(kernel, weight, x, bias, activation, order)
+            assert failure == ""
+            assert_equal(y, expected, kernel.dtype)
 
 
 @pytest.mark.parametrize("name", ["panel_sparse_v16_int8", "panel_v16_int8", "rows_int8", "rows_token_t1_int8"])
@@ -154,8 +158,8 @@ def test_an_ffn_reads_only_what_belongs_to_the_units_above_the_threshold(ffn, ga
     down[:, dropped] = torch.nan
     if gated:
         up[dropped] = torch.nan
-    for seed in range(2):
-        y, share, failure = run_ffn(ffn, (gate, up, down), biases, threshold, x, activation, seed)
+    for order in ORDERS:
+        y, share, failure = run_ffn(ffn, (gate, up, down), biases, threshold, x, activation, order)
         assert failure == ""
         assert share == kept.mean()
         assert_equal(y, expected, ffn.dtype)
