@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from unittest import mock
 
+import pytest
 import torch
 from cuda_emulation import Emulated, emulate, emulated
 from torch import Tensor
 
+from sparsecomp.cuda import nvrtc
 from sparsecomp.cuda.library import CudaFfn, CudaKernel, Launch
 from sparsecomp.targets.cuda import ffn, kernels
 from sparsecomp.targets.cuda.cards import card
@@ -17,6 +20,19 @@ from sparsecomp.targets.cuda.target import CudaTarget
 
 MULTIPLES = {torch.float16: (16, 8), torch.bfloat16: (16, 8), torch.int8: (32, 16)}
 """Of rows and columns of the 2:4 weight, and of tokens, as `SparseSemiStructuredTensorCUSPARSELT` has them."""
+
+
+def need_nvrtc() -> str:
+    """Skip the calling test where NVRTC is not installed; the version of its package, empty if that is unknown."""
+    names = "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"
+    versions = [found.version for name in names for found in distributions(name=name)]
+    try:
+        nvrtc._library()
+    except ModuleNotFoundError as error:
+        if versions:  # it is there, and has to be found
+            raise
+        pytest.skip(f"nvidia-cuda-nvrtc is missing: {error}")
+    return versions[0] if versions else ""
 
 
 class CardOnCpu(CudaTarget):

@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 from cuda_emulation import EMULATOR, compile_file
+from cuda_tools import need_nvrtc
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -276,7 +277,7 @@ def test_nvcc_compiles_the_sources_again(copied: Path) -> None:
 
 
 def test_nvrtc_compiles_for_every_architecture_that_is_asked_for(tmp_path: Path) -> None:
-    pytest.importorskip("nvidia", reason="nvidia-cuda-nvrtc is missing")
+    need_nvrtc()
     write(tmp_path, "rows_f16", arch=("sm_80", "sm_90"))
     for arch in ("sm_80", "sm_90"):
         assert (tmp_path / "cubins" / arch / "rows_f16.cubin").read_bytes()[:4] == b"\x7fELF"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_tools import need_nvrtc
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,7 +32,7 @@ SIZES = ((520, 1000, 131), (64, 64, 8), (5, 19, 1))
 
 def card_arch() -> str:
     """The architecture of the card here, that kernels are compiled for."""
-    pytest.importorskip("nvidia", reason="nvidia-cuda-nvrtc is missing")
+    need_nvrtc()
     major, minor = torch.cuda.get_device_capability()
     if f"sm_{major}{minor}" not in ARCHITECTURES:
         pytest.skip(f"no kernel is compiled for sm_{major}{minor}, the card here")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from importlib.metadata import version
 
 import pytest
 import torch
-from cuda_tools import CardOnCpu, kernels_on_cpu
+from cuda_tools import CardOnCpu, kernels_on_cpu, need_nvrtc
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -69,12 +68,12 @@ def test_what_the_compiler_made_is_known_of_every_kernel() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["panel_sparse_v64_f16", "rows_token_t4_bf16"])
 def test_what_is_known_is_what_the_compiler_says(name: str) -> None:
-    pytest.importorskip("nvidia", reason="nvidia-cuda-nvrtc is missing")
+    here = need_nvrtc()
     kernel = next(kernel for kernel in KERNELS if kernel.name == name)
     taken = resources(compile_kernel(kernel.source, "sm_90", kernel.defines)[2], kernel.entry)
     registers, shared = own._compiled()["sm_90"][name]
     assert taken.shared == shared
-    if not own.compiler().endswith(" " + version("nvidia-cuda-nvrtc")):
+    if not own.compiler().endswith(f" {here}"):
         pytest.skip(f"kernels.json is of {own.compiler()}; registers may differ")
     assert taken.registers == registers
 
