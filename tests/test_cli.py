@@ -132,6 +132,7 @@ def test_calibrate_measures_the_card_beside_any_cpu(machine: str, monkeypatch: p
     }[machine]
     monkeypatch.setattr(targets, "get_target", lambda: found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr("sparsecomp.targets.cuda.cards.card_here", lambda: card("l4"))
     monkeypatch.setattr(sparsecomp.targets.x86.calibrate, "calibrate", lambda: "the x86 CPU")
     monkeypatch.setattr(sparsecomp.targets.x86.ort_calibrate, "calibrate", lambda: "as well")

@@ -77,6 +77,8 @@ class CudaTarget(Target):
         ours = f"kernels other than {SEMI.kernel} are estimated, no card has run them"
         if self._scales:
             ours = "scaled by what was measured on this machine"
+        if self._lacks_cusparselt():
+            ours += "; PyTorch has no cuSPARSELt here, so 2:4 is left to these kernels"
         self.description = f"{self.name}, {card.board}, {card.sms} multiprocessors; {origin}; {ours}"
 
     def why_not_here(self) -> str | None:
@@ -90,6 +92,10 @@ class CudaTarget(Target):
             )
         return None
 
+    def _lacks_cusparselt(self) -> bool:
+        """Whether the card is here, and what would multiply 2:4 on it is not: some builds of PyTorch come without."""
+        return self.why_not_here() is None and not torch.backends.cusparselt.is_available()
+
     def for_model(self, nbytes: int) -> CudaTarget:
         """See `Target.for_model`; of more than the L2 cache holds nothing is left there when a weight's turn comes."""
         if self.card.streamed or nbytes <= self.card.l2:
@@ -102,7 +108,7 @@ class CudaTarget(Target):
         """See `Target.candidates`."""
         if facts.nonzeros == facts.out_features * facts.in_features:
             return [DENSE]
-        semi = [SEMI] if own.takes_two_four(facts, allowed) else []
+        semi = [SEMI] if own.takes_two_four(facts, allowed) and not self._lacks_cusparselt() else []
         return [DENSE, *semi, *own.offers(facts, allowed)]
 
     def predict(self, candidate: Candidate, problem: Problem) -> float:

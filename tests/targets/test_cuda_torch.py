@@ -15,7 +15,9 @@ from torch.nn import functional
 
 import sparsecomp
 from sparsecomp import backend
-from sparsecomp.targets.base import DENSE
+from sparsecomp.patterns import Pattern
+from sparsecomp.targets import get_target
+from sparsecomp.targets.base import DENSE, WeightFacts
 from sparsecomp.targets.cuda.kernels import SemiStructured
 from sparsecomp.targets.cuda.target import SEMI
 
@@ -185,3 +187,17 @@ def test_a_model_on_a_card_that_is_not_here_has_to_name_it() -> None:
         x = torch.empty(4, 8, device="cuda")
     with pytest.raises(ValueError, match="sees no NVIDIA GPU here; name a card, such as 'cuda:h100'"):
         sparsecomp.explain(nn.Identity(), x)
+
+
+def test_two_four_goes_to_our_kernels_where_the_card_is_here_without_cusparselt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    facts = WeightFacts.assumed(512, 512, Pattern.parse("2:4"))
+    with_it = CardOnCpu()
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    without = CardOnCpu()
+    assert [found for found in with_it.candidates(facts) if found != SEMI] == without.candidates(facts)
+    assert "panel_sparse" in {found.kernel for found in without.candidates(facts)}
+    assert "PyTorch has no cuSPARSELt here" in without.description
+    assert "cuSPARSELt" not in with_it.description
+    assert SEMI in get_target("cuda:h100").candidates(facts)
