@@ -14,9 +14,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ class Timings:
     def speedup(self, name: str, over: str) -> float:
         """How many times as fast as another candidate: the median over rounds of the ratio within the round."""
         return statistics.median(b / a for a, b in zip(self.samples[name], self.samples[over], strict=True))
+
+    def rounds_where(self, kept: Sequence[bool]) -> Timings:
+        """The rounds for which it says so."""
+        return Timings({name: list(compress(values, kept)) for name, values in self.samples.items()})
 
     def spread(self, name: str) -> float:
         """Distance of the quartiles over the median: how far to trust the numbers."""
@@ -117,11 +122,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure_peak(threads: int = 1) -> float:
-    """GFLOP/s of fused multiply-adds in float32 of all threads together, as the machine gives them now."""
+def measure_peak() -> float:
+    """GFLOP/s of fused multiply-adds in float32 of one thread, as the machine gives them now."""
     from sparsecomp.targets.x86.calibrate import measure_fma_peak
 
-    return float(measure_fma_peak(threads=threads))
+    return float(measure_fma_peak())
 
 
 @dataclass

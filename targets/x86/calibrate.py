@@ -66,19 +66,25 @@ class Result:
         return "\n".join(lines)
 
 
-def measure_fma_peak(level_name: str | None = None, seconds: float = 0.3, threads: int = 1) -> float:
-    """GFLOP/s of float32 multiply-adds of all threads together: the best of several runs of `kernels.peak`."""
+def fma_call(level_name: str | None = None, threads: int = 1) -> tuple[Callable[[], None], int]:
+    """A call of `kernels.peak` by so many threads, about a millisecond where each has a core, and its operations."""
     machine = level(level_name or best_level())
     source = KernelSource("peak", repr(machine.lanes), lambda: peak.build(machine.lanes), machine.tvm_target)
     rounds = 200_000
     call = Launch(function_of(source), Weights([]), [rounds], threads, threads, 16)
     x, bias, out = torch.tensor([0.5, 1.0]), torch.zeros(1), torch.empty(machine.lanes)
+    return lambda: call.run(x, bias, None, out), threads * peak.flops(machine.lanes, rounds)
+
+
+def measure_fma_peak(level_name: str | None = None, seconds: float = 0.3) -> float:
+    """GFLOP/s of float32 multiply-adds of one thread: the best of several runs of `kernels.peak`."""
+    call, flops = fma_call(level_name)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        call.run(x, bias, None, out)
+        call()
         best = min(best, time.perf_counter() - start)
-    return threads * peak.flops(machine.lanes, rounds) / best / 1e9
+    return flops / best / 1e9
 
 
 def calibrate(seconds: float = _SECONDS, level_name: str | None = None) -> Result:
