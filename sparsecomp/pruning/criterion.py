@@ -86,7 +86,9 @@ CRITERIA: dict[str, Criterion] = {
         Criterion(
             "wanda",
             "norms",
-            lambda weight, pattern, known: Pruned(choose_per_row(wanda(weight, _known(known)), pattern)),
+            lambda weight, pattern, known: Pruned(
+                choose_per_row(wanda(weight, _known(known), alone=pattern.kind in ("unstructured", "nm")), pattern)
+            ),
         ),
         Criterion("ria", "norms", lambda weight, pattern, known: Pruned(pattern.mask(ria(weight, _known(known))))),
         Criterion(

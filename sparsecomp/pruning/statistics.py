@@ -6,7 +6,8 @@ is half the Hessian of the squared output error with respect to a row of the wei
 Each row is divided by the square root of its length before it is summed. An output error grows with the length of the
 row, so that the sum of the squared errors would be that of a few long rows, the first token of a text above all. So
 divided, an error counts by its size instead of its square (the weights of iteratively reweighted least squares for a
-sum of sizes, at errors that are in proportion to the rows). docs/pruning.md has what it changes.
+sum of sizes, at errors that are in proportion to the rows). Where single entries are ranked, by Wanda, rows of one
+length serve better, and a norm that leans towards the largest values. docs/pruning.md has what each changes.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ class Statistics:
         sums: of every input, float64 `[I]`.
         squares: sum of squares of every input, float64 `[I]`.
         gram: `X^T X`, float32 `[I, I]` (float64 for a float64 weight); None where it was not asked for.
+        tails: sum of the powers 9/4 of every input, of rows all brought to one length, float64 `[I]`; None where `gram`
+            was asked for.
     """
 
     rows: int
     sums: Tensor
     squares: Tensor
     gram: Tensor | None = None
+    tails: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Tensor, *, gram: bool) -> Statistics:
@@ -49,12 +53,14 @@ class Statistics:
         columns = rows.T.contiguous() if gram else None
         product = None if columns is None else functional.linear(columns, columns)
         squares = rows.square().sum(dim=0) if product is None else product.diagonal()
-        return cls(rows.shape[0], rows.sum(dim=0).double(), squares.double(), product)
+        tails = None if gram else _tails(rows)
+        return cls(rows.shape[0], rows.sum(dim=0).double(), squares.double(), product, tails)
 
     def copy(self) -> Statistics:
         """Sums that change on their own."""
         gram = None if self.gram is None else self.gram.clone()
-        return Statistics(self.rows, self.sums.clone(), self.squares.clone(), gram)
+        tails = None if self.tails is None else self.tails.clone()
+        return Statistics(self.rows, self.sums.clone(), self.squares.clone(), gram, tails)
 
     def add(self, other: Statistics) -> None:
         """Add the sums over other rows."""
@@ -63,11 +69,18 @@ class Statistics:
         self.squares += other.squares
         if self.gram is not None and other.gram is not None:
             self.gram += other.gram
+        if self.tails is not None and other.tails is not None:
+            self.tails += other.tails
 
     @property
     def norms(self) -> Tensor:
         """Euclidean norm of every input over the rows, float64 `[I]`."""
         return self.squares.sqrt()
+
+    @property
+    def tail_norms(self) -> Tensor:
+        """9/4-norm of every input over rows of one length, float64 `[I]`; `norms` where that is not known."""
+        return self.norms if self.tails is None else self.tails.pow(4 / 9)
 
     @property
     def variances(self) -> Tensor:
@@ -84,9 +97,19 @@ class Statistics:
 def balanced(rows: Tensor) -> Tensor:
     """Rows `[R, I]` divided by the square roots of their root mean squares, in float32 (float64 as it is)."""
     rows = rows.detach() if rows.dtype == torch.float64 else rows.detach().float()
-    # In float64, where the squares of no float32 overflow.
+    return rows * _lengths(rows).rsqrt().to(rows.dtype)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """The root mean square of each row `[R, I]`, float64 `[R, 1]`, in which the squares of no float32 overflow."""
     lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64) / max(rows.shape[1], 1) ** 0.5
-    return rows * lengths.clamp_min(1e-30).rsqrt().to(rows.dtype)
+    return lengths.clamp_min(1e-30)
+
+
+def _tails(rows: Tensor) -> Tensor:
+    """Sums of the powers 9/4 of every input over rows of one length; by roots, which are faster than powers."""
+    sizes = (rows / _lengths(rows).to(rows.dtype)).abs()
+    return (sizes.square() * sizes.sqrt().sqrt()).sum(dim=0).double()
 
 
 class _AllSeen(Exception):

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsecomp.patterns import Pattern
 from sparsecomp.pruning.criterion import CRITERIA, choose_per_row, criterion_named
 from sparsecomp.pruning.ria import ria
-from sparsecomp.pruning.statistics import Statistics
+from sparsecomp.pruning.statistics import Statistics, balanced
 from sparsecomp.pruning.wanda import wanda
 
 PATTERNS = (
@@ -56,6 +56,17 @@ def test_wanda_weighs_by_the_norm_of_the_input() -> None:
     assert wanda(torch.ones(1, 3).half(), of_norms(1, 1, 1)).dtype == torch.float32
     assert wanda(torch.ones(1, 3).double(), of_norms(1, 1, 1)).dtype == torch.float64
     assert wanda(torch.ones(1, 2), of_norms(0.0, 0.0)).tolist() == [[0.0, 0.0]]
+
+
+def test_wanda_ranks_entries_alone_by_other_norms_than_panels() -> None:
+    # The first input is larger in the long row, the second in most of the rows, and so by rows of one length.
+    rows = torch.tensor([[100.0, 1.0]] + [[0.1, 1.0]] * 5)
+    known, weight = Statistics.of(balanced(rows), gram=False), torch.ones(2, 2)
+    assert known.norms[0] > known.norms[1]
+    assert known.tail_norms[0] < known.tail_norms[1]
+    alone, panel = (CRITERIA["wanda"].prune(weight, Pattern.parse(text), known).mask for text in ("1:2", "2:1:2"))
+    assert alone.tolist() == [[False, True]] * 2
+    assert panel.tolist() == [[True, False]] * 2
 
 
 def test_wanda_takes_the_same_share_of_every_row() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsecomp.pruning.calibration import Call
 from sparsecomp.pruning.sites import choose_sites
-from sparsecomp.pruning.statistics import balanced, collect, stages
+from sparsecomp.pruning.statistics import Statistics, balanced, collect, stages
 
 
 class Attention(nn.Module):
@@ -76,6 +76,24 @@ def test_rows_weigh_as_much_as_they_are_long() -> None:
 def test_squares_of_balanced_rows_stay_in_range(value: float) -> None:
     rows = balanced(torch.full((2, 4), value))
     torch.testing.assert_close(rows.square(), torch.full((2, 4), value), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_tails_are_of_rows_of_one_length(scale: float) -> None:
+    rows = torch.randn(50, 6) * torch.logspace(-3, 3, 50).unsqueeze(1)
+    found = Statistics.of(balanced(scale * rows), gram=False)
+    unit = rows / rows.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(
+        found.tail_norms, torch.linalg.vector_norm(unit.double(), 9 / 4, dim=0), rtol=1e-5, atol=0
+    )
+    known = found.copy()
+    known.add(found)
+    torch.testing.assert_close(known.tail_norms, 2 ** (4 / 9) * found.tail_norms)
+
+
+def test_without_tails_their_norms_are_the_euclidean_ones() -> None:
+    found = Statistics.of(torch.randn(5, 3), gram=True)
+    assert torch.equal(found.tail_norms, found.norms)
 
 
 def test_sixteen_bit_inputs_are_summed_in_float32() -> None:
